@@ -1,0 +1,47 @@
+# Every target sets up what it needs; `make pretrain` and `make test` are all a newcomer types.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+FLM := $(VENV)/bin/flm
+STAMP := $(VENV)/.ready
+RUN := runs/demo
+PROCESSES ?= 2
+
+.PHONY: setup pretrain test test-fast check bench report lock
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip sync --quiet --require-hashes requirements.lock
+	$(VENV)/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+pretrain: setup  ## real data, a model trained with FLM, its scores and a report, in minutes on a laptop
+	$(FLM) data demo data/demo
+	$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m flm_scale train demo --run-dir $(RUN) --overwrite
+	$(FLM) eval $(RUN) --task caption
+	$(FLM) eval $(RUN) --task retrieval
+	$(FLM) eval $(RUN) --task vqa
+	$(FLM) report $(RUN)
+
+test: setup
+	$(PYTHON) -m pytest -q -n 2
+
+test-fast: setup
+	$(PYTHON) -m pytest -q -n 2 -m "not slow"
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -q tests/contracts
+
+bench: setup
+	$(PYTHON) -m tools.bench
+
+report: setup
+	$(FLM) report $(RUN)
+
+lock:  ## after a change of dependencies in pyproject.toml
+	$(VENV)/bin/uv pip compile --quiet --generate-hashes --no-annotate --no-header --extra dev --python-version 3.11 \
+		--constraint tools/pins.txt pyproject.toml --output-file requirements.lock

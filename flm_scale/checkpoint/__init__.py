@@ -1,0 +1,2 @@
+"""Weights on disk: written aside and renamed, so that a folder that has its name is whole. May import config and errors, and torch.
+"""

@@ -1,0 +1,237 @@
+"""The `flm` command: one short function a verb. Work is imported inside the verb, so that `flm --help` answers at once.
+
+Exit code 0 on success, 2 on a user's mistake (one line on standard error; --debug adds the traceback), 1 on a failure.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from flm_scale.config import Run
+from flm_scale.errors import ConfigError, UserError, did_you_mean
+from flm_scale.recipes import RECIPES
+
+RunDir = Annotated[Path, tyro.conf.Positional]
+
+
+def data_demo(folder: RunDir, *, large: bool = False, overwrite: bool = False) -> None:
+    """Build real demo shards: easy-vqa's pictures, captions and questions, and a tokenizer.
+
+    Args:
+        folder: where to build; a complete dataset is left alone.
+        large: the emoji and clip-art set instead (14,000 pairs; a few minutes, about 250 MB of packages).
+        overwrite: replace what is in the folder.
+    """
+    from flm_scale.data.demo import build_demo
+
+    build_demo(folder, large=large, overwrite=overwrite)
+
+
+def data_verify(folder: RunDir) -> None:
+    """Compare every file of a dataset with its manifest."""
+    from flm_scale.data.shards import open_dataset, verify
+    from flm_scale.errors import DataError
+
+    dataset = open_dataset(folder)
+    problems = verify(dataset)
+    if problems:
+        raise DataError(f"{folder}: {'; '.join(problems)}; build the dataset again")
+    print(f"{folder}: every file is as the manifest says ({dataset.root[:12]})")
+
+
+def data_order(recipe: Annotated[str, tyro.conf.Positional], *, step: int) -> None:
+    """Print the samples that a step of a recipe sees, on any layout.
+
+    Args:
+        recipe: a recipe's name, or a run directory.
+        step: optimizer step, counted from 1.
+    """
+    from flm_scale.train import step_keys
+
+    print("\n".join(step_keys(_run_of(recipe), step=step)))
+
+
+def tokenizer_train(folder: RunDir, *, vocab_size: int = 8000) -> None:
+    """Train sentencepiece on the captions and questions of a dataset's train split and record it in the manifest.
+
+    Args:
+        folder: the dataset.
+        vocab_size: pieces wanted; fewer when the texts have fewer.
+    """
+    from flm_scale.data.demo import train_dataset_tokenizer
+
+    print(train_dataset_tokenizer(folder, vocab_size=vocab_size))
+
+
+def tokenizer_show(folder: RunDir, texts: Annotated[list[str], tyro.conf.Positional] = []) -> None:  # noqa: B006 - tyro reads the default
+    """Print a dataset's tokenizer, and how it cuts the given texts."""
+    from flm_scale.data.tokens import Tokenizer
+
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    print(f"{folder / 'tokenizer.model'}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+    for text in texts:
+        print(" ".join(tokenizer.pieces(tokenizer.encode(text, max_length=1000))))
+
+
+def eval_run(run_dir: RunDir, *, task: Literal["vqa", "caption", "retrieval"], split: str = "test") -> None:
+    """Score a trained run and write RUN/evals/TASK.json.
+
+    Args:
+        run_dir: of a trained run.
+        task: vqa fine-tunes on the training questions first, from the run's weights and from random.
+        split: of the run's dataset.
+    """
+    from flm_scale.evals.run import evaluate
+
+    evaluate(run_dir, task=task, split=split)
+
+
+def caption(run_dir: RunDir, images: Annotated[list[Path], tyro.conf.Positional], *, out: Path | None = None) -> None:
+    """Print what a trained run says of pictures, and draw it on them.
+
+    Args:
+        run_dir: of a trained run.
+        images: picture files.
+        out: folder for the pictures with their captions; RUN/samples by default.
+    """
+    from flm_scale.evals.show import caption_files
+
+    caption_files(run_dir, images, out=out or run_dir / "samples")
+
+
+def report(run_dir: RunDir) -> None:
+    """Write RUN/report.html: one page with curves, pictures, reconstructions and scores."""
+    from flm_scale.observe.report import write_report
+
+    print(write_report(run_dir))
+
+
+VERBS: dict[tuple[str, ...], Callable[..., None]] = {
+    ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
+    ("tokenizer", "train"): tokenizer_train, ("tokenizer", "show"): tokenizer_show,
+    ("eval",): eval_run, ("caption",): caption, ("report",): report,
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        _dispatch(words)
+    except UserError as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"flm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in {"-h", "--help"}:
+        print(_overview())
+        return
+    if words[0] == "train":
+        _train(words[1:])
+        return
+    for size in (2, 1):
+        verb = tuple(words[:size])
+        if verb in VERBS:
+            _parse(VERBS[verb], words[size:], prog=f"flm {' '.join(verb)}")
+            return
+    groups = {verb[0] for verb in VERBS}
+    if words[0] in groups:
+        choices = [" ".join(verb) for verb in VERBS if verb[0] == words[0]]
+        raise ConfigError(f"flm {' '.join(words[:2])}: no such command; there is: {', '.join(choices)}")
+    raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | {'train'})} flm --help lists them")
+
+
+def _train(words: list[str]) -> None:
+    if not words or words[0] in {"-h", "--help"}:
+        listing = "\n".join(f"  {name:16}{_first_line(recipe)}" for name, recipe in RECIPES.items())
+        print("usage: flm train RECIPE [--run-dir DIR] [--overwrite] [--group.key VALUE ...]\n\n"
+              "Train a recipe: alone, or in every process of torchrun, deepspeed or srun.\n\nrecipes:\n"
+              f"{listing}\n\nflm train RECIPE --help lists every value and its default.")
+        return
+    name, rest = words[0], words[1:]
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe '{name}'{did_you_mean(name, RECIPES)} there is: {', '.join(RECIPES)}")
+    default = RECIPES[name]()
+
+    def train_recipe(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, run_dir: Path = Path("runs") / name, overwrite: bool = False) -> None:
+        """Train.
+
+        Args:
+            run: the recipe's values.
+            run_dir: where to write run.json, metrics, weights and samples.
+            overwrite: replace an earlier run in that folder.
+        """
+        from flm_scale.train import train
+
+        train(run, run_dir, overwrite=overwrite)
+
+    train_recipe.__doc__ = RECIPES[name].__doc__
+    _parse(train_recipe, rest, prog=f"flm train {name}")
+
+
+def _parse(verb: Callable[..., None], words: list[str], *, prog: str) -> None:
+    """Run a verb on what tyro reads from the words; tyro's boxed complaint becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            call: Callable[[], None] = tyro.cli(_deferred(verb), args=words, prog=prog, config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if not stop.code:
+            return
+        raise ConfigError(f"{prog}: {_one_line(complaint.getvalue())}") from None
+    call()
+
+
+def _deferred(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Return a function with the verb's signature and help that gives back the call instead of making it."""
+
+    @functools.wraps(verb)
+    def read(*args: object, **values: object) -> Callable[[], None]:
+        return functools.partial(verb, *args, **values)
+
+    return read
+
+
+def _one_line(box: str) -> str:
+    """Return what tyro's box complains of, and the option that it thinks was meant."""
+    # A title, the complaint, a rule, more sections. The frame is of rounded lines, or blank where the terminal knows only ASCII.
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    sections = [list(section) for is_rule, section in itertools.groupby(lines, lambda line: not line.strip("╭╮╰╯─- ")) if not is_rule]
+    if lines and sections[0][0] == lines[0]:
+        sections[0].pop(0)
+    sections = [section for section in sections if section]
+    meant = [line.split()[0] for section in sections for line in section if section[0].startswith("Perhaps") and line.startswith("--")]
+    return " ".join(sections[0]) + (f"; did you mean {meant[0]}?" if meant else "; --help lists what there is")
+
+
+def _first_line(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def _run_of(recipe: str) -> Run:
+    if recipe in RECIPES:
+        return RECIPES[recipe]()
+    from flm_scale.checkpoint.weights import read_run
+
+    return read_run(Path(recipe))
+
+
+def _overview() -> str:
+    lines = [f"  flm {' '.join(verb):18}{_first_line(function)}" for verb, function in VERBS.items()]
+    lines.append(f"  flm {'train':18}Train a recipe.")
+    return "usage: flm [--debug] COMMAND ...\n\nPretrain vision-language models.\n\n" + "\n".join(lines) + "\n\nflm COMMAND --help tells more."

@@ -1,0 +1,270 @@
+"""Run and its sections: everything that decides what a training run computes, as frozen pydantic models.
+
+A recipe (recipes.py) builds a Run, the command line overrides single values, `run.json` keeps the result. Unknown keys
+and impossible values raise ConfigError with the value and the remedy. Nothing here imports torch.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+
+from flm_scale.errors import ConfigError, did_you_mean
+
+
+class Section(BaseModel):
+    """A frozen group of values that refuses unknown keys and loose types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def replace(self, **changes: Any) -> Self:  # noqa: ANN401 - any field's value
+        """Return the section with other values, checked like any other (pydantic's own model_copy does not check)."""
+        return type(self)(**dict(self) | changes)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401 - pydantic hands over anything
+        """Turn pydantic's report into one line that names the value and the rule."""
+        try:
+            return build(data)
+        except ValidationError as error:
+            raise ConfigError("; ".join(cls._explain_one(dict(problem)) for problem in error.errors())) from None
+
+    @classmethod
+    def _explain_one(cls, problem: dict[str, Any]) -> str:
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            return f"{cls.__name__} has no key '{path}'{did_you_mean(path, cls.model_fields)}"
+        return f"{cls.__name__}.{path} ({problem['input']!r}): {problem['msg']}"
+
+
+class FlmConfig(Section):
+    """Free Language Modeling: every content token is predicted, each with its own hidden span (flm.md 3.2)."""
+
+    kind: Literal["flm"] = "flm"
+    corruption_rate: float = Field(0.3, ge=0, le=1)
+    """Share of a caption's tokens hidden from each target, the target included; 0 hides the target alone."""
+    draw_rate: bool = False
+    """Draw the rate once per caption from U(0, corruption_rate) instead of using it as it is."""
+    forward_weight: float = Field(1.0, ge=0)
+    """Weight of the forward stream's own loss, against 1 for the reconstruction."""
+    reverse_weight: float = Field(1.0, ge=0)
+    """Weight of the reverse stream's own loss, against 1 for the reconstruction."""
+
+
+class MlmConfig(Section):
+    """Masked language modelling, the baseline that ties the prediction rate to the mask rate."""
+
+    kind: Literal["mlm"] = "mlm"
+    mask_rate: float = Field(0.4, gt=0, le=1)
+    """Share of content tokens that are replaced by the mask token: exactly max(1, round(rate * n)) of n."""
+    predicted_share: float = Field(1.0, gt=0, le=1)
+    """Share of the hidden tokens that carry loss; below 1 it lowers the prediction rate at the same corruption."""
+    passes: int = Field(1, ge=1)
+    """Split the hidden tokens over this many passes: same predictions, a lower corruption in each, more compute."""
+
+
+class ArConfig(Section):
+    """Autoregressive language modelling: the forward stream alone."""
+
+    kind: Literal["ar"] = "ar"
+
+
+class PrefixLmConfig(Section):
+    """A prefix that sees itself whole, then autoregressive targets."""
+
+    kind: Literal["prefix_lm"] = "prefix_lm"
+    target_rate: float = Field(0.5, gt=0, le=1)
+    """Share of content tokens, at the end of the caption, that are predicted."""
+    draw_rate: bool = False
+    """Draw the rate once per caption from U(0, target_rate)."""
+
+
+class VisionSection(Section):
+    """What every vision tower has."""
+
+    image_size: int = Field(224, ge=8)
+    """Side of the square picture, in pixels."""
+    trainable: bool = True
+    """False freezes the tower; the projection into the text width always trains."""
+    output: Literal["penultimate", "final"] = "penultimate"
+    """Which block's tokens the text looks at; the published FLM leaves the last block out."""
+
+
+class OpenClipVisionConfig(VisionSection):
+    """Any ViT that open_clip knows by name."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    name: str = "ViT-B-32"
+    """open_clip's model name; `python -c 'import open_clip; print(open_clip.list_models())'` lists them."""
+    pretrained: str = ""
+    """A pretrained tag of open_clip (downloaded once) or a local weight file; empty starts from random."""
+
+
+class SmallVisionConfig(VisionSection):
+    """A ViT of any size, built from open_clip's blocks and always started from random."""
+
+    kind: Literal["vit"] = "vit"
+    patch_size: int = Field(8, ge=1)
+    width: int = Field(128, ge=1)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ConfigError(f"vision.width ({self.width}) must be a multiple of vision.heads ({self.heads}); change one of them")
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size ({self.patch_size})")
+        if self.output == "penultimate" and self.layers < 2:
+            raise ConfigError("vision.output 'penultimate' needs vision.layers (1) to be 2 or more; use 'final'")
+        return self
+
+
+class TextConfig(Section):
+    """The text transformer and the reconstructor beside it."""
+
+    width: int = Field(768, ge=1)
+    heads: int = Field(12, ge=1)
+    bottom_layers: int = Field(6, ge=0)
+    """Layers that read text alone."""
+    fusion_layers: int = Field(6, ge=1)
+    """Layers that also look at the image."""
+    reconstructor_bottom_layers: int = Field(6, ge=0)
+    """Reconstructor layers beside the last of the bottom layers (FLM only)."""
+    reconstructor_fusion_layers: int = Field(6, ge=0)
+    """Reconstructor layers beside the last of the fusion layers (FLM only)."""
+    vocab_size: int = Field(50265, ge=6)
+    """Rows of the embedding table: at least the tokenizer's size."""
+    max_length: int = Field(50, ge=3)
+    """Longest caption in tokens, with BOS and EOS; longer ones are cut and keep their EOS."""
+    norm: Literal["pre", "post"] = "pre"
+    """Where layer normalisation sits; 'post' is BERT's and the published FLM's order."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ConfigError(f"text.width ({self.width}) must be a multiple of text.heads ({self.heads}); change one of them")
+        for stage in ("bottom", "fusion"):
+            layers, beside = getattr(self, f"{stage}_layers"), getattr(self, f"reconstructor_{stage}_layers")
+            if beside > layers:
+                raise ConfigError(f"text.reconstructor_{stage}_layers ({beside}) must not exceed text.{stage}_layers ({layers})")
+        return self
+
+
+class DataConfig(Section):
+    """Which prepared dataset is read, and by how many processes."""
+
+    path: Path = Path("data/demo")
+    """Folder written by `flm data demo` (manifest.json, tokenizer.model, shards)."""
+    manifest_hash: str = ""
+    """When set, the folder must have this root hash; run.json always records it."""
+    tokenizer_hash: str = ""
+    """When set, the folder's tokenizer must have this fingerprint; run.json always records it."""
+    workers: int = Field(1, ge=0)
+    """Decoding processes a rank; 0 decodes in the training process. The batches are the same for any number."""
+    captions_per_image: int = Field(8, ge=1)
+    """At most this many captions of one image go together; which ones changes with the epoch."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of the images read cannot be decoded."""
+
+
+class BatchConfig(Section):
+    """One optimizer step: `micro_batches` packed micro-batches, whatever the number of processes."""
+
+    micro_batches: int = Field(8, ge=1)
+    """Micro-batches in a step, over all processes together."""
+    text_tokens: int = Field(768, ge=3)
+    """Text tokens that fit into a micro-batch, BOS and EOS counted."""
+    captions: int = Field(64, ge=1)
+    """Captions that fit into a micro-batch."""
+    images: int = Field(64, ge=1)
+    """Images that fit into a micro-batch."""
+
+
+class OptimConfig(Section):
+    """AdamW (SGD for tests), warm-up and decay; clipping by the global norm."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(4e-4, gt=0)
+    """Peak learning rate of everything that starts from random."""
+    pretrained_lr_scale: float = Field(0.2, ge=0)
+    """Factor on `lr` for pretrained weights: one fifth, so that what starts from random learns five times as fast."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    """Applied to matrices only: never to norms, biases or embeddings."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(100, ge=0)
+
+
+class ParallelConfig(Section):
+    """Which engine trains, and how its state is sharded."""
+
+    engine: Literal["local", "deepspeed"] = "local"
+    """'local' is one process of plain PyTorch, the reference; 'deepspeed' runs over all processes of the launcher."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage under DeepSpeed, the template ds_configs/zeroN.json."""
+
+
+class LogConfig(Section):
+    """How often a run speaks, validates and saves, in steps; 0 turns one off. Saving also happens at the end."""
+
+    validate_every_steps: int = Field(0, ge=0)
+    validation_split: str = "val"
+    save_every_steps: int = Field(0, ge=0)
+    peak_tflops: float = Field(0.0, ge=0)
+    """Peak of one device for the model FLOPs utilisation; 0 looks it up, or measures it on a CPU."""
+
+
+Objective = Annotated[FlmConfig | MlmConfig | ArConfig | PrefixLmConfig, Field(discriminator="kind")]
+Vision = Annotated[OpenClipVisionConfig | SmallVisionConfig, Field(discriminator="kind")]
+
+
+class Run(Section):
+    """A whole training run; `run.json` holds one."""
+
+    name: str
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps float32 master weights in the optimizer."""
+    recompute: bool = False
+    """Recompute activations in the backward pass, layer by layer: less memory, about a third more compute."""
+    objective: Objective = FlmConfig()
+    vision: Vision = OpenClipVisionConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.text.max_length > self.batch.text_tokens:
+            raise ConfigError(f"batch.text_tokens ({self.batch.text_tokens}) must hold one caption of text.max_length "
+                              f"({self.text.max_length}); raise the first or lower the second")
+        if self.optim.warmup_steps >= self.steps and self.optim.schedule != "constant":
+            raise ConfigError(f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})")
+        views = self.objective.passes if isinstance(self.objective, MlmConfig) else 1
+        if views * self.text.max_length > self.batch.text_tokens or views > self.batch.captions:
+            raise ConfigError(f"objective.passes ({views}) times text.max_length ({self.text.max_length}) must fit into batch.text_tokens "
+                              f"({self.batch.text_tokens}), and the passes into batch.captions ({self.batch.captions})")
+        return self
+
+
+def micro_steps(batch: BatchConfig, *, data_parallel_size: int) -> int:
+    """Return how many micro-batches each data-parallel rank runs a step.
+
+    Raises ConfigError when the step cannot be cut evenly.
+    """
+    steps, left_over = divmod(batch.micro_batches, data_parallel_size)
+    if left_over:
+        raise ConfigError(f"batch.micro_batches ({batch.micro_batches}) must be a multiple of the number of data-parallel processes "
+                          f"({data_parallel_size}); use {batch.micro_batches + data_parallel_size - left_over}")
+    return steps

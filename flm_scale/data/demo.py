@@ -1,0 +1,141 @@
+"""Real data in one command: `flm data demo DIR` turns easy-vqa, or with --large the drawings of drawings.py, into a dataset.
+
+easy-vqa has pictures of one coloured shape and questions about it, no captions: `caption_facts` derives them from the questions and
+answers alone. Building is idempotent: a complete dataset of the same sources is left alone, an unfinished one is begun anew.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from flm_scale.data.shards import MANIFEST, Dataset, Sample, check_room, open_dataset, write_dataset
+from flm_scale.data.sources import Material, Package, fetch, members
+from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.errors import DataError
+
+EASY_VQA = Package("pip", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", "MIT")
+COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+HELD_OUT = ("teal triangle", "red circle", "blue rectangle")  # the val split: seen in no train caption
+SIDE = 64  # pixels, of every easy-vqa picture
+
+README = """# easy-vqa as image-text shards
+
+5,000 pictures (64 x 64, one coloured shape) and 48,248 questions of the PyPI package easy-vqa 1.0 by Victor Zhou, MIT licence.
+Drawn, not photographic: it shows that a pipeline learns and proves nothing about a benchmark.
+
+- Captions ("a teal triangle") are derived from the questions and answers, never from the pixels. A picture whose questions leave its
+  colour or shape open has none and serves question answering only.
+- train: the official train pictures without three held-out concepts ({held_out}); val: these; test: the official test pictures.
+- manifest.json states every file's hash. `flm data demo DIR` builds the same bytes again.
+
+The majority answer to each question, without looking, is right on 67.0 % of the test questions: a VQA result must beat that.
+
+## Licence of the package
+
+{license}
+"""
+
+
+def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, vocab_size: int | None = None,
+               progress: Callable[[str], None] = print) -> Dataset:
+    """Fetch the packages, write the shards, train the tokenizer; return the opened dataset.
+
+    large: the emoji and clip-art pairs.   overwrite: replace a dataset of other sources.   vocab_size: upper limit; None is 512, or
+    8000 for the large set.   Raises DataError when a package cannot be fetched or the folder holds something else.
+    """
+    from flm_scale.data import drawings
+
+    read, packages = (drawings.read_drawings, drawings.PACKAGES) if large else (read_easy_vqa, [EASY_VQA])
+    sources = [package.source() for package in packages]
+    dataset = None if overwrite or not (folder / MANIFEST).exists() else open_dataset(folder)
+    if dataset and [source.model_dump() for source in dataset.manifest.sources] == sources:
+        progress(f"{folder}: the dataset {dataset.name} is already there")
+    else:
+        check_room(folder, overwrite=overwrite)  # before anything is fetched
+        with tempfile.TemporaryDirectory() as downloads:
+            material = read(Path(downloads), progress=progress)
+            progress(f"{folder}: writing {sum(map(len, material.splits.values()))} pictures")
+            numbers = count()  # keys count through all splits
+            dataset = write_dataset(
+                folder, name=material.name, sources=sources, readme=material.readme, overwrite=overwrite,
+                splits={split: (Sample(key=f"{next(numbers):08d}", **fields) for fields in pictures) for split, pictures in material.splits.items()})
+    if vocab_size or not dataset.tokenizer_fingerprint:
+        progress(train_dataset_tokenizer(folder, vocab_size=vocab_size or (8000 if large else 512)))
+        dataset = open_dataset(folder)
+    counts = ", ".join(f"{split} {dataset.manifest.splits[split].images} images {dataset.manifest.splits[split].captions} captions"
+                       for split in dataset.splits)
+    progress(f"{folder}: {counts}; root {dataset.root[:12]}")
+    return dataset
+
+
+def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
+    """Train on the train split's captions, questions and answers, and register the result; return a line that says so.
+
+    Answers too: "yes" stands in no question.
+    """
+    dataset = open_dataset(folder)
+    index = dataset.index("train")
+    train_tokenizer(chain.from_iterable(chain(index.captions, index.questions, index.answers)), vocab_size=vocab_size,
+                    model_file=dataset.tokenizer_file)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    return f"{dataset.tokenizer_file}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:12]}"
+
+
+def read_easy_vqa(downloads: Path, *, progress: Callable[[str], None]) -> Material:
+    """Fetch easy-vqa, derive captions, hold three concepts out."""
+    progress(f"fetching {EASY_VQA.name} {EASY_VQA.version} (3.2 MB) with {EASY_VQA.client}")
+    files = dict(members(fetch(EASY_VQA, downloads)))
+    train = list(_pictures(files, "train"))
+    splits = {
+        "train": [picture for picture in train if picture["concept"] not in HELD_OUT],
+        "val": [picture for picture in train if picture["concept"] in HELD_OUT],
+        "test": list(_pictures(files, "test")),
+    }
+    license_text = files["easy_vqa-1.0.dist-info/LICENSE"].decode().strip()
+    return Material("easy-vqa", splits, README.format(held_out=", ".join(HELD_OUT), license=license_text))
+
+
+def caption_facts(questions: Sequence[str], answers: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the colour and the shape that questions and answers about one picture settle; None for what they leave open.
+
+    A colour or shape as the answer is a fact, and so is one that such a question names ("what is the teal shape?"). A yes/no question
+    confirms or excludes the one that it names, "no" and "not" turn it round, and what alone remains is a fact too.
+    Raises DataError when they contradict each other.
+    """
+    open_values = COLORS | SHAPES
+    for question, answer in zip(questions, answers, strict=True):
+        words = question.lower().rstrip("?").split()
+        named = (COLORS | SHAPES).intersection(words)
+        is_true = answer not in {"yes", "no"} or (answer == "yes") != bool({"no", "not"}.intersection(words))
+        for value in named | ({answer} & (COLORS | SHAPES)):
+            kind = COLORS if value in COLORS else SHAPES
+            open_values -= kind - {value} if is_true else {value}
+    colors, shapes = open_values & COLORS, open_values & SHAPES
+    if not colors or not shapes:
+        raise DataError(f"easy-vqa: the answers contradict each other: {list(zip(questions, answers, strict=True))}; report it")
+    return next(iter(colors)) if len(colors) == 1 else None, next(iter(shapes)) if len(shapes) == 1 else None
+
+
+def caption(color: str, shape: str) -> str:
+    """Return "a teal triangle", with "an" before a vowel."""
+    return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
+
+
+def _pictures(files: dict[str, bytes], part: str) -> Iterator[dict[str, Any]]:
+    """Yield the Sample fields of one official split's pictures, in the order of their numbers."""
+    asked: dict[int, tuple[list[str], list[str]]] = {}
+    for question, answer, number in json.loads(files[f"easy_vqa/data/{part}/questions.json"]):
+        questions, answers = asked.setdefault(number, ([], []))
+        questions.append(question)
+        answers.append(answer)
+    for number, (questions, answers) in sorted(asked.items()):
+        name = f"easy_vqa/data/{part}/images/{number}.png"
+        color, shape = caption_facts(questions, answers)
+        yield {"image": files[name], "image_format": "png", "captions": [caption(color, shape)] if color and shape else [],
+               "questions": questions, "answers": answers, "concept": f"{color} {shape}" if color and shape else "",
+               "width": SIDE, "height": SIDE, "extras": {"source": name, "license": EASY_VQA.license}}

@@ -1,0 +1,119 @@
+"""What every engine offers, and what engines share: the loss of a micro-batch, the optimizer, the learning rate."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from flm_scale.batch import Batch, LossSums, Scores, State, Term, part_weights
+from flm_scale.config import OptimConfig
+from flm_scale.errors import NonFiniteLossError
+from flm_scale.model.assemble import VisionLanguageModel, is_table
+
+
+class Task(Protocol):
+    """The side of an objective that an engine sees: how the parts of the loss are named and weighed."""
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...  # noqa: D102 - see objectives.objective.Objective
+
+    @property
+    def terms(self) -> tuple[Term, ...]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step saw, over all ranks."""
+
+    sums: LossSums
+    loss: float
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+
+
+class Engine(Protocol):
+    """Trains one model on one task. Every method but the properties is collective: all ranks call it."""
+
+    rank: int
+    size: int
+    """Data-parallel processes."""
+    device: torch.device
+
+    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
+        """Accumulate over this rank's micro-batches of the step (counted from 0) and update the weights."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSums:
+        """Return the sums over all ranks' batches, without a gradient."""
+        ...
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Return each value added up over all ranks."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the whole model's weights on rank 0, in float32 on the CPU; elsewhere nothing."""
+        ...
+
+
+def score(model: nn.Module, state: State, task: Task) -> LossSums:
+    """Run the model and add up its scores by part."""
+    return LossSums.by_part(Scores(*model(state)), state.target_parts, num_parts=len(task.parts))
+
+
+def total_loss(sums: LossSums, task: Task, counts: Tensor) -> Tensor:
+    """Return the share of the global loss that these sums make up. counts: targets of the whole global batch by part."""
+    return (part_weights(task.terms, task.parts, counts) * sums.loss).sum()
+
+
+def check_finite(loss: float, *, step: int, batches: Sequence[Batch]) -> None:
+    """Raise NonFiniteLossError that names the step and the samples when the loss is not a number."""
+    if not math.isfinite(loss):
+        keys = [key for batch in batches for key in batch.keys]
+        shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+        raise NonFiniteLossError(f"loss is {loss} at step {step + 1}; weights are those of step {step}; samples on this rank: {shown}; lower "
+                                 "optim.lr, set optim.clip_norm, or look at these samples")
+
+
+def parameter_groups(model: VisionLanguageModel, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: no decay on norms, biases and tables; pretrained weights at a share of the rate."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.layers.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name in model.pretrained, is_table(name, parameter)), []).append(parameter)
+    return [{"params": parameters, "weight_decay": 0.0 if table else config.weight_decay, "lr": 0.0,
+             "peak_lr": config.lr * (config.pretrained_lr_scale if pretrained else 1.0)}
+            for (pretrained, table), parameters in sorted(groups.items(), key=lambda item: item[0])]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """Return AdamW, or plain SGD, over the groups."""
+    if config.kind == "sgd":
+        return SGD(groups, lr=config.lr)
+    return AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=torch.cuda.is_available())
+
+
+def lr_factor(config: OptimConfig, *, step: int, total_steps: int) -> float:
+    """Return the learning rate's factor, in [0, 1], at a step counted from 0: linear warm-up, then decay to 0 at the end."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> float:
+    """Set every group's rate to its peak times the factor; return the largest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -1,0 +1,90 @@
+"""One process of plain PyTorch: the reference that every other engine is held against."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flm_scale.batch import Batch, LossSums
+from flm_scale.config import Run
+from flm_scale.engine.base import (
+    StepResult,
+    Task,
+    build_optimizer,
+    check_finite,
+    lr_factor,
+    parameter_groups,
+    score,
+    set_lr,
+    total_loss,
+)
+from flm_scale.model.assemble import VisionLanguageModel
+
+
+class LocalEngine:
+    """Trains on one device. In bf16 the model computes in bf16 while the optimizer keeps float32 masters and sums of gradients."""
+
+    rank, size = 0, 1
+
+    def __init__(self, run: Run, model: VisionLanguageModel, task: Task) -> None:
+        self.run, self.task = run, task
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.to(self.device)
+        groups = parameter_groups(self.model, run.optim)
+        self.weights_in_model: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        if run.precision == "bf16":
+            for group in groups:
+                group["params"] = [nn.Parameter(parameter.detach().clone()) for parameter in group["params"]]
+            self.model.to(torch.bfloat16)
+        self.masters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self.optimizer = build_optimizer(groups, run.optim)
+
+    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
+        """Accumulate, check, clip, update."""
+        counts = torch.stack([batch.part_counts for batch in batches]).sum(0).to(self.device)
+        sums = []
+        for batch in batches:
+            micro = score(self.model, batch.state.to(self.device), self.task)
+            total_loss(micro, self.task, counts).backward()
+            sums.append(LossSums(micro.loss.detach(), micro.correct, micro.count))
+            self._collect_gradients()
+        whole = sum(sums[1:], sums[0])
+        loss = float(total_loss(whole, self.task, counts))
+        check_finite(loss, step=step, batches=batches)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.run.optim.clip_norm or float("inf"))
+        lr = set_lr(self.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._publish_masters()
+        return StepResult(whole, loss, float(norm), lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> LossSums:
+        """Score every batch."""
+        sums = [score(self.model, batch.state.to(self.device), self.task) for batch in batches]
+        return sum(sums[1:], sums[0])
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Return the values: there is one rank."""
+        return values
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return float32 weights by name; masters where there are some."""
+        masters = dict(zip(map(id, self.weights_in_model), self.masters, strict=True))
+        return {name: masters.get(id(parameter), parameter).detach().float().cpu().clone()
+                for name, parameter in self.model.layers.named_parameters()}
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        if self.run.precision == "bf16":
+            for master, parameter in zip(self.masters, self.weights_in_model, strict=True):
+                if parameter.grad is not None:
+                    grad = parameter.grad.float()
+                    master.grad = grad if master.grad is None else master.grad.add_(grad)
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        if self.run.precision == "bf16":
+            for master, parameter in zip(self.masters, self.weights_in_model, strict=True):
+                parameter.copy_(master)

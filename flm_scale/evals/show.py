@@ -1,0 +1,66 @@
+"""`flm caption`: what a trained run says of the user's own picture files, printed and drawn beneath them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from flm_scale.data.images import decode_image
+from flm_scale.errors import DataError
+from flm_scale.evals.caption import BEAMS, Caption, write_captions
+from flm_scale.evals.run import open_run
+
+PICTURE_SIDE, FOOT_HEIGHT, MARGIN, LETTER_SIZE = 384, 64, 12, 18
+"""Pixels."""
+
+
+def caption_files(run_dir: Path, images: list[Path], *, out: Path) -> None:
+    """Print a greedy and a beam caption of each file, and write OUT/NAME.caption.png: the square that the model saw, with both beneath.
+
+    Raises DataError for the first file that is missing or not a picture; nothing is written then.
+    """
+    read = [(path, read_file(path)) for path in images]
+    trained = open_run(run_dir)
+    pixels = np.stack([decode_image(data, size=trained.run.vision.image_size) for _, data in read])
+    model = trained.model()
+    greedy, beam = (write_captions(trained.run, model, pixels, tokenizer=trained.tokenizer, objective=trained.objective, beams=beams)
+                    for beams in (1, BEAMS))
+    out.mkdir(parents=True, exist_ok=True)
+    for number, (path, data) in enumerate(read):
+        lines = [f"greedy: {describe(greedy[number])}", f"beam:   {describe(beam[number])}"]
+        # Files of one name from several folders must not replace each other.
+        twins = sum(other.stem == path.stem for other, _ in read[:number])
+        picture = out / f"{path.stem}{f'-{twins + 1}' if twins else ''}.caption.png"
+        draw_caption(data, lines, picture)
+        print("\n  ".join([str(path), *lines, str(picture)]))
+
+
+def read_file(path: Path) -> bytes:
+    """Return a picture file's bytes. Raises DataError, one line, when it is missing or does not decode."""
+    try:
+        data = path.read_bytes()
+        decode_image(data, size=8)
+    except OSError as error:
+        raise DataError(f"picture {path}: {error.strerror}; check the path") from error
+    except DataError as error:
+        raise DataError(f"picture {path}: {error}") from error
+    return data
+
+
+def describe(caption: Caption) -> str:
+    """Return the caption and its mean log-probability a token."""
+    return f"{caption.text} ({caption.score:.2f})"
+
+
+def draw_caption(data: bytes, lines: list[str], path: Path) -> None:
+    """Write the picture's centre square with lines of text beneath."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    sheet = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE + FOOT_HEIGHT), "white")
+    sheet.paste(Image.fromarray(decode_image(data, size=PICTURE_SIDE).transpose(1, 2, 0)))
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        size = LETTER_SIZE
+        while size > 1 and draw.textlength(line, font=ImageFont.load_default(size)) > PICTURE_SIDE - 2 * MARGIN:
+            size -= 1
+        draw.text((MARGIN, PICTURE_SIDE + MARGIN + number * LETTER_SIZE * 1.2), line, fill="black", font=ImageFont.load_default(size))
+    sheet.save(path)

@@ -1,0 +1,111 @@
+"""Forward FLOPs of one packed micro-batch, counted from sizes alone (flm.md 5): the numerator of the model FLOPs utilisation.
+
+A multiply-add is two FLOPs; linears, the patch convolution and attention's two products count, norms, softmax and elementwise work do not.
+Model FLOPs count attention over the real lengths of each caption, without credit for causal sparsity. What is executed is a little
+more, because attention runs on padded views; `executed=True` counts that, and a test holds it against torch's own counter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flm_scale.batch import State
+from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Sizes of a vision tower, whatever built it."""
+
+    width: int
+    layers_run: int
+    """Blocks that are executed; 'penultimate' leaves the last one out."""
+    patch_size: int
+    image_size: int
+    mlp_ratio: float = 4.0
+    """Hidden units of a block's MLP over the width; open_clip's larger towers differ from 4."""
+
+    @property
+    def image_tokens(self) -> int:
+        """I: patches and the class token."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: Mapping[str, Any] | None = None) -> VisionShape:
+    """Return the tower's sizes. named_sizes: open_clip's 'vision_cfg' of a tower that the config only names."""
+    sizes = config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes
+    assert sizes is not None, "a named tower's sizes come from model.vision, the door to open_clip"
+    return VisionShape(sizes["width"], sizes["layers"] - (config.output == "penultimate"), sizes["patch_size"], config.image_size,
+                       sizes.get("mlp_ratio", 4.0))
+
+
+@dataclass(frozen=True)
+class BatchShapes:
+    """Sizes of one packed micro-batch; letters as in batch.py. Pairs are (row that looks, row it may look at), of one stream."""
+
+    num_images: int
+    num_streams: int
+    text_tokens: int
+    num_queries: int
+    num_targets: int
+    self_pairs: int
+    """Sum over captions of length squared."""
+    query_pairs: int
+    """Sum over captions of queries times length."""
+    view_self_pairs: int
+    """C * L * L, what the padded view computes."""
+    view_query_pairs: int
+    """C * Lq * L."""
+    view_image_rows: int
+    """N * M, against `text_tokens` real rows."""
+
+    @classmethod
+    def of(cls, state: State) -> "BatchShapes":
+        """Read the sizes off a packed state. On the CPU it costs microseconds; on a GPU it would wait for the device."""
+        (captions, longest), longest_queries = state.slots.shape, state.query_slots.shape[1]
+        caption_of_query = state.query_places // max(longest_queries, 1)
+        return cls(
+            num_images=len(state.image_slots), num_streams=len(state.first), text_tokens=len(state.ids), num_queries=len(state.queries),
+            num_targets=len(state.target_rows), self_pairs=int((state.lengths ** 2).sum()),
+            query_pairs=int(state.lengths[caption_of_query].sum()), view_self_pairs=captions * longest ** 2,
+            view_query_pairs=captions * longest_queries * longest, view_image_rows=state.image_slots.numel())
+
+
+def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, executed: bool = False) -> dict[str, float]:
+    """Return the forward FLOPs of one micro-batch by part: vision, bottom, fusion, reconstructor, head, projections.
+
+    executed: count attention as the padded views compute it, not over real lengths.
+    'projections' are the linear from the tower and the one at the entry of the fusion layers; image keys and values are in 'fusion'.
+    """
+    d, text, streams, queries = run.text.width, run.text, shapes.num_streams, shapes.num_queries
+    stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * vision.image_tokens
+    self_pairs, query_pairs, looking_rows = (
+        (shapes.view_self_pairs, shapes.view_query_pairs, shapes.view_image_rows) if executed
+        else (shapes.self_pairs, shapes.query_pairs, shapes.text_tokens))
+    stream_layer = 24 * d * d * stream_rows + 4 * d * streams * self_pairs
+    image_attention = 4 * d * d * (stream_rows + image_rows) + 4 * d * streams * looking_rows * vision.image_tokens
+    # A query reads the rows of all streams; without queries the layer is skipped, keys and values too.
+    reconstructor_layer = 20 * d * d * queries + 4 * d * d * stream_rows * (queries > 0) + 4 * d * streams * query_pairs
+    return {
+        "vision": vision_flops(vision) * shapes.num_images,
+        "bottom": text.bottom_layers * stream_layer,
+        "fusion": text.fusion_layers * (stream_layer + image_attention),
+        "reconstructor": (text.reconstructor_bottom_layers + text.reconstructor_fusion_layers) * reconstructor_layer,
+        "head": 2 * d * (d + text.vocab_size) * shapes.num_targets,
+        "projections": 2 * vision.width * d * image_rows + 2 * d * d * (stream_rows + queries),
+    }
+
+
+def vision_flops(vision: VisionShape) -> float:
+    """Return the forward FLOPs of the tower for one image: patches, then blocks."""
+    d, tokens = vision.width, vision.image_tokens
+    block = (8 + 4 * vision.mlp_ratio) * d * d * tokens + 4 * d * tokens ** 2
+    return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - 1)
+
+
+def training_flops(run: Run, forward: Mapping[str, float]) -> float:
+    """Return the model FLOPs of forward and backward: three times the forward, a frozen tower once.
+
+    What is computed twice to save memory (recompute, the logits) is not counted: utilisation is about useful work.
+    """
+    return sum(flops * (1 if part == "vision" and not run.vision.trainable else 3) for part, flops in forward.items())

@@ -1,0 +1,59 @@
+"""metrics.jsonl: one JSON object a step, the run's memory of how it went, and the same scalars for TensorBoard.
+
+A line is on disk when `log` returns. It is strict JSON, so a value that is not finite becomes null. Step lines and validation lines
+stand in one file, told apart by their keys ('loss', 'validation/loss').
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flm_scale.errors import DataError
+
+
+class MetricsLog:
+    """Appends to a run's metrics."""
+
+    def __init__(self, run_dir: Path, *, first_step: int | None = None) -> None:
+        """first_step: the step about to be trained; lines of an earlier attempt at it and at later ones are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        # Written anew even when all is kept, since a killed run leaves half a line that the next one would be glued to.
+        kept = [line for line in read_metrics(path) if first_step is None or line["step"] < first_step] if path.exists() else []
+        part = path.with_suffix(".jsonl.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.replace(path)
+        self._file = path.open("a", buffering=1)
+        self._board: Any = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=10)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line. Names keep their group: 'loss/reconstruction'."""
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; a last line that was cut off by a kill is left out.
+
+    Raises DataError for a damaged line anywhere else.
+    """
+    lines = []
+    for number, text in enumerate(whole := path.read_text().split("\n"), start=1):
+        try:
+            line = json.loads(text)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(whole):
+                raise DataError(f"{path} line {number} ({text[:40]!r}) is no object with a 'step'; delete that line") from error
+    return lines

@@ -1,0 +1,46 @@
+"""Finds rank, world size and rendezvous from whichever launcher started this process: torchrun, deepspeed, srun, or none."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from flm_scale.errors import ConfigError
+
+
+class Ranks(NamedTuple):
+    """This process among all processes."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def find_ranks(environ: Mapping[str, str]) -> tuple[Ranks, dict[str, str]]:
+    """Return this process's ranks, and the variables that torch.distributed wants and the launcher did not set.
+
+    torchrun and deepspeed set all of them. srun sets its own (one task a device): the first host of the step becomes the meeting point, and
+    the port follows from the job's number, so that two jobs on a host do not meet. Without a launcher the process is alone.
+    Raises ConfigError when a launcher's variables are incomplete.
+    """
+    if "RANK" in environ:
+        missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+        if missing:
+            raise ConfigError(f"RANK is set but {', '.join(missing)} is not; start with torchrun, deepspeed or srun, or unset RANK")
+        return Ranks(int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ["LOCAL_RANK"])), {}
+    # Only inside srun: a batch script sees SLURM_NTASKS too, but is one process.
+    if "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ:
+        ranks = Ranks(int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]), int(environ["SLURM_LOCALID"]))
+        job = int(environ.get("SLURM_JOB_ID", "0"))
+        meeting = {"MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]), "MASTER_PORT": str(20000 + job % 20000)}
+        wanted = {"RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.size), "LOCAL_RANK": str(ranks.local_rank)} | meeting
+        return ranks, {name: value for name, value in wanted.items() if name not in environ}
+    return Ranks(0, 1, 0), {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def first_host(node_list: str) -> str:
+    """Return the first name of a Slurm node list: `gpu[003-007,9],login` gives gpu003."""
+    head, bracket, rest = node_list.partition("[")
+    if not bracket or "," in head:
+        return node_list.split(",", 1)[0]
+    number = re.split(r"[-,\]]", rest, maxsplit=1)[0]
+    return head + number

@@ -1,0 +1,192 @@
+"""The training loop. A Run names everything; here it is opened, put together and stepped through.
+
+dataset -> tokenizer -> objective -> model -> engine -> loader; then for each step: take its micro-batches, train, log, and when it
+is due validate and save. Every process of the launcher runs this same code; rank 0 writes.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flm_scale.batch import Batch, LossSums
+from flm_scale.checkpoint.weights import save_weights
+from flm_scale.config import Run, SmallVisionConfig
+from flm_scale.data.loader import Loader, one_pass
+from flm_scale.data.shards import Dataset, open_dataset
+from flm_scale.data.tokens import Tokenizer
+from flm_scale.engine.base import Engine, Task, total_loss
+from flm_scale.errors import ConfigError, DataError
+from flm_scale.model.assemble import VisionLanguageModel, build_model
+from flm_scale.model.vision import named_sizes
+from flm_scale.objectives.objective import Objective, build_objective
+from flm_scale.observe.cost import BatchShapes, forward_flops, training_flops, vision_shape
+from flm_scale.observe.metrics import MetricsLog
+from flm_scale.observe.progress import Progress
+from flm_scale.observe.throughput import Meter, peak_flops
+from flm_scale.parallel.mesh import find_ranks
+
+SHARE_IS_MEANINGFUL_FROM = 1000
+"""Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
+
+
+def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
+    """Train a run from its first step to its last.
+
+    Raises UserError for what the user can put right: no dataset, sizes that do not fit it, an occupied run directory, a bad loss.
+    """
+    ranks, _ = find_ranks(os.environ)
+    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
+    tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
+    run = pin(run, dataset, tokenizer)
+    objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
+    if ranks.rank == 0:
+        open_run_dir(run_dir, run, overwrite=overwrite)
+    model = build_model(run, objective)
+    engine = build_engine(run, model, objective)
+    loader = Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.rank, size=engine.size)
+
+    def validation_batches() -> Iterator[Batch]:
+        return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.rank, size=engine.size)
+
+    if engine.rank == 0:
+        announce(run, run_dir, model, dataset, engine)
+    steps(run, run_dir, engine, loader, objective, validation_batches)
+
+
+def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]]) -> None:
+    """Take every step of the run."""
+    recorder = Recorder(run, run_dir, engine)
+    try:
+        for step in range(run.steps):
+            started = time.perf_counter()
+            batches = loader.next_step()
+            waited = time.perf_counter() - started
+            recorder.count(batches)
+            result = engine.train_step(batches, step=step)
+            recorder.step(step + 1, {"loss": result.loss, **part_values(objective, result.sums), "grad_norm": result.grad_norm, "lr": result.lr},
+                          seconds=time.perf_counter() - started, waited=waited)
+            if due(run.log.validate_every_steps, step + 1, run.steps):
+                sums = engine.evaluate(validation_batches())
+                recorder.validation(step + 1, {"loss": float(total_loss(sums, objective, sums.count)), **part_values(objective, sums)})
+            if due(run.log.save_every_steps, step + 1, run.steps, always_last=True):
+                weights = engine.weights()
+                if engine.rank == 0:
+                    save_weights(run_dir, weights, run, step=step + 1, loader_state=loader.state)
+    finally:
+        recorder.close()
+
+
+def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
+    """Return the run with the dataset's and tokenizer's hashes filled in. Raises ConfigError when the vocabulary is too small."""
+    if run.text.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"text.vocab_size ({run.text.vocab_size}) must be at least the tokenizer's {tokenizer.vocab_size}; "
+                          f"add --text.vocab-size {tokenizer.vocab_size}")
+    return run.replace(data=run.data.replace(manifest_hash=dataset.root, tokenizer_hash=tokenizer.fingerprint))
+
+
+def open_run_dir(run_dir: Path, run: Run, *, overwrite: bool) -> None:
+    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / "run.json").is_file():
+            raise ConfigError(f"{run_dir} is not empty and not a run; choose another --run-dir")
+        if not overwrite:
+            raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or add --overwrite to replace it")
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "run.json").write_text(run.model_dump_json(indent=2) + "\n")
+
+
+def build_engine(run: Run, model: VisionLanguageModel, task: Task) -> Engine:
+    """Return the engine that the run names. Raises ConfigError for several processes on the local one."""
+    if run.parallel.engine == "deepspeed":
+        from flm_scale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(run, model, task)
+    from flm_scale.engine.local import LocalEngine
+
+    ranks, _ = find_ranks(os.environ)
+    if ranks.size > 1:
+        raise ConfigError(f"parallel.engine 'local' is one process, but the launcher started {ranks.size}; add --parallel.engine deepspeed")
+    return LocalEngine(run, model, task)
+
+
+def part_values(objective: Objective, sums: LossSums) -> dict[str, float]:
+    """Return loss and accuracy of each part that had targets."""
+    values: dict[str, float] = {}
+    for part, loss, correct, count in zip(objective.parts, sums.loss.tolist(), sums.correct.tolist(), sums.count.tolist(), strict=True):
+        if count:
+            values |= {f"loss/{part}": loss / count, f"accuracy/{part}": correct / count}
+    return values
+
+
+def due(every: int, step: int, last: int, *, always_last: bool = False) -> bool:
+    """Return whether something that happens every so many steps (0: never) happens after this step; if at all, then also at the end."""
+    return (every > 0 and (step % every == 0 or step == last)) or (always_last and step == last)
+
+
+class Recorder:
+    """Keeps count of what a run did and tells: metrics.jsonl, TensorBoard, the live line. Only rank 0 tells."""
+
+    def __init__(self, run: Run, run_dir: Path, engine: Engine) -> None:
+        self.run, self.engine = run, engine
+        self.vision = vision_shape(run.vision, None if isinstance(run.vision, SmallVisionConfig) else named_sizes(run.vision.name))
+        peak = run.log.peak_tflops * 1e12 or peak_flops(engine.device, run.precision)
+        self.meter = Meter(peak_flops=peak, world_size=engine.size)
+        self.images = self.bad_images = 0.0
+        tells = engine.rank == 0
+        self.log = MetricsLog(run_dir) if tells else None
+        self.progress = Progress(run.steps, 1, sys.stderr) if tells else None
+
+    def count(self, batches: list[Batch]) -> None:
+        """Count what all ranks read for a step; name bad pictures, and raise DataError when there are too many."""
+        bad_keys = [key for batch in batches for key in batch.bad_keys]
+        flops = sum(training_flops(self.run, forward_flops(self.run, BatchShapes.of(batch.state), self.vision)) for batch in batches)
+        pairs, tokens, flops, images, bad = self.engine.sum_over_ranks([
+            float(sum(batch.num_captions for batch in batches)), float(sum(batch.num_tokens for batch in batches)), flops,
+            float(sum(len(batch.keys) for batch in batches)), float(len(bad_keys))])
+        self.meter.add(pairs=pairs, tokens=tokens, flops=flops)
+        self.images, self.bad_images = self.images + images, self.bad_images + bad
+        if bad_keys:
+            print(f"flm: {len(bad_keys)} picture(s) left out, not readable: {', '.join(bad_keys)}", file=sys.stderr)
+        share = self.run.data.max_bad_share
+        if self.bad_images > share * max(self.images, SHARE_IS_MEANINGFUL_FROM):
+            raise DataError(f"{self.run.data.path}: {self.bad_images:.0f} of {self.images:.0f} pictures read so far cannot be decoded, more than "
+                            f"data.max_bad_share ({share}); check the shards with flm data verify, or raise the limit")
+
+    def step(self, step: int, values: dict[str, float], *, seconds: float, waited: float) -> None:
+        """Record a training step."""
+        line = values | self.meter.finish_step(seconds=seconds, data_wait_s=waited) | {"bad_images": self.bad_images}
+        if self.log and self.progress:
+            self.log.log(step, line)
+            self.progress.update(step, line)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Record a validation."""
+        if self.log:
+            self.log.log(step, {f"validation/{name}": value for name, value in values.items()})
+
+    def close(self) -> None:
+        """Close the files, give the terminal back."""
+        if self.log and self.progress:
+            self.progress.close()
+            self.log.close()
+
+
+def announce(run: Run, run_dir: Path, model: VisionLanguageModel, dataset: Dataset, engine: Engine) -> None:
+    """Say what will be done."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"flm: {run.name}: {run.objective.kind}, {weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches on "
+          f"{engine.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}, "
+          f"{run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}", file=sys.stderr)
+
+
+def step_keys(run: Run, *, step: int) -> list[str]:
+    """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
+    dataset = open_dataset(run.data.path)
+    tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
+    objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
+    loader = Loader(run, dataset.index("train"), tokenizer, objective)
+    return [f"micro-batch {number}: {' '.join(keys)}" for number, keys in enumerate(loader.keys_of_step(step), start=1)]

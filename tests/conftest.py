@@ -1,0 +1,70 @@
+"""Datasets that tests share: a small drawn one, and the real easy-vqa demo."""
+
+import fcntl
+import io
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
+from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.errors import DataError
+
+COLORS = ("red", "green", "blue", "black")
+SHAPES = ("circle", "square")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bit-equal results, and no fight over two cores."""
+    torch.set_num_threads(1)
+
+
+def drawn_sample(number: int, *, color: str, shape: str, image: bytes | None = None) -> Sample:
+    picture = Image.new("RGB", (20, 16), "white")
+    draw = ImageDraw.Draw(picture)
+    box = (3 + number % 5, 3, 13 + number % 5, 13)
+    (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=color)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    captions = [f"a {color} {shape}", f"the {shape} that you see here is {color}", f"{color} on white"][: 1 + number % 3]
+    return Sample(key=f"{number:06d}", image=image or buffer.getvalue(), image_format="png", captions=captions,
+                  questions=[f"what color is the {shape}?", f"is it {COLORS[number % 4]}?"],
+                  answers=[color, "yes" if color == COLORS[number % 4] else "no"], concept=f"{color} {shape}", width=20, height=16)
+
+
+def write_toy(folder: Path, *, bad: frozenset[int] = frozenset()) -> Dataset:
+    """64 + 8 + 8 drawn pictures with one to three captions each; those numbered in `bad` are no pictures at all."""
+    samples = [drawn_sample(i, color=COLORS[i % 4], shape=SHAPES[i // 4 % 2], image=b"not a picture" if i in bad else None)
+               for i in range(80)]
+    dataset = write_dataset(folder, name="toy", sources=[], splits={"train": samples[:64], "val": samples[64:72], "test": samples[72:]}, readme="Drawn.")
+    texts = (text for sample in samples for text in sample.captions + sample.questions)
+    train_tokenizer(texts, vocab_size=80, model_file=dataset.tokenizer_file)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    return open_dataset(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_toy(tmp_path_factory.mktemp("toy") / "data")
+
+
+@pytest.fixture(scope="session")
+def demo_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The real easy-vqa shards, built once for all test processes. Skipped where the package cannot be fetched, but not in CI."""
+    from flm_scale.data.demo import build_demo
+
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return build_demo(shared / "demo")
+        except DataError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"easy-vqa cannot be fetched: {error}")

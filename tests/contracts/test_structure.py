@@ -1,0 +1,163 @@
+"""The house rules that growth would break first: layers, doors, cycles, sizes, a quick --help, recipes that round-trip."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flm_scale
+from flm_scale.config import Run
+from flm_scale.engine.deepspeed_config import KNOWN_KEYS, RUN_OWNED, merge_deepspeed
+from flm_scale.errors import ConfigError
+from flm_scale.recipes import RECIPES
+
+PACKAGE = Path(flm_scale.__file__).parent
+REPOSITORY = PACKAGE.parent
+
+# A file may import files of the lines below its own, and files of its own folder.
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"train"},
+    {"evals"},
+    {"engine", "checkpoint", "observe"},
+    {"data", "model", "parallel"},
+    {"objectives"},
+    {"masks"},
+    {"batch"},
+    {"recipes"},
+    {"config"},
+    {"errors"},
+]
+DOORS = {
+    "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/fleet.py", "webdataset": "data/shards.py",
+    "open_clip": "model/vision.py", "sentencepiece": "data/tokens.py", "transformers": "model/frozen_lm.py",
+}
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path, *, at_head: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_head else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def rank(module: str) -> int:
+    top = module.split(".")[1] if "." in module else "__main__"
+    return next(i for i, layer in enumerate(LAYERS) if top in layer)
+
+
+def test_imports_point_downward() -> None:
+    for path in sources():
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        for module in imports_of(path):
+            if module.startswith("flm_scale."):
+                there = module.split(".")[1]
+                assert own == there or rank(f"x.{own}") < rank(module), f"{path.relative_to(PACKAGE)} imports {module}"
+
+
+def test_there_is_no_import_cycle() -> None:
+    names = {f"flm_scale.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}".removesuffix(".__init__"): path for path in sources()}
+    graph = {name: {module for module in imports_of(path) if module in names and module != name} for name, path in names.items()}
+    while graph:
+        leaves = {name for name, needs in graph.items() if not needs & graph.keys()}
+        assert leaves, f"import cycle among {sorted(graph)}"
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_heavy_dependency_has_one_door_and_is_imported_inside_functions(library: str) -> None:
+    users = {path.relative_to(PACKAGE).as_posix() for path in sources() if library in {m.split(".")[0] for m in imports_of(path)}}
+    assert users <= {DOORS[library]}
+    for path in sources():
+        assert library not in {m.split(".")[0] for m in imports_of(path, at_head=True)}
+
+
+def test_folders_say_in_a_paragraph_what_lives_there_and_hold_no_code() -> None:
+    for init in PACKAGE.glob("*/__init__.py"):
+        tree = ast.parse(init.read_text())
+        assert ast.get_docstring(tree), init
+        assert len(tree.body) == 1, init
+
+
+def test_help_answers_in_under_a_second_without_a_heavy_library() -> None:
+    code = ("import sys; from flm_scale.cli import main; main(['--help']); "
+            "print(sorted({'torch', 'numpy', 'deepspeed', 'ray', 'matplotlib'} & set(sys.modules)))")
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        seconds.append(time.perf_counter() - started)
+    assert out.splitlines()[-1] == "[]"
+    assert min(seconds) < 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_survives_its_json_and_says_what_it_is(recipe: str) -> None:
+    run = RECIPES[recipe]()
+    assert Run.model_validate_json(run.model_dump_json()) == run
+    assert run.name == recipe
+    assert RECIPES[recipe].__doc__
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_template_merges_with_every_recipe(recipe: str, stage: int) -> None:
+    template = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
+    run = RECIPES[recipe]()
+    run = run.replace(parallel=run.parallel.replace(zero=stage))
+    if stage == 0 and run.precision == "bf16":
+        pytest.skip("DeepSpeed has no float32 gradient sums at ZeRO 0")
+    merged = merge_deepspeed(template, run, data_parallel_size=1)
+    assert merged["gradient_accumulation_steps"] == run.batch.micro_batches
+    assert merged["gradient_clipping"] == run.optim.clip_norm
+    assert merged["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("key", RUN_OWNED)
+def test_a_template_that_sets_what_the_run_owns_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{key}' belongs to the Run"):
+        merge_deepspeed({"zero_optimization": {"stage": 1}, key: 1}, RECIPES["demo"](), data_parallel_size=1)
+
+
+def test_all_conflicts_of_a_template_are_listed_at_once() -> None:
+    template = {"zero_optimization": {"stage": 2}, "optimizer": {}, "zero_optimisation": {}}
+    with pytest.raises(ConfigError, match=r"'optimizer' belongs.*unknown key 'zero_optimisation'; did you mean 'zero_optimization'.*stage \(2\)"):
+        merge_deepspeed(template, RECIPES["demo"](), data_parallel_size=1)
+    assert not KNOWN_KEYS & set(RUN_OWNED)
+
+
+def test_every_config_field_is_read_somewhere() -> None:
+    """A knob that turns nothing is a lie."""
+    used = {node.attr for path in sources() if path.name not in {"config.py", "recipes.py"}
+            for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    from flm_scale import config
+
+    sections = [section for section in vars(config).values() if isinstance(section, type) and issubclass(section, config.Section)]
+    unread = {f"{section.__name__}.{field}" for section in sections for field in section.model_fields if field not in used}
+    assert not unread, unread
+
+
+def test_files_and_functions_stay_small() -> None:
+    """Advice, not law: what exceeds it stands in LONG_FILES or LONG_FUNCTIONS with a sentence of reason."""
+    for path in sources():
+        name = path.relative_to(PACKAGE).as_posix()
+        assert len(path.read_text().splitlines()) <= 400 or name in LONG_FILES, name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60 or f"{name}:{node.name}" in LONG_FUNCTIONS, f"{name}:{node.name}"

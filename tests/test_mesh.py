@@ -1,0 +1,32 @@
+"""Ranks from the variables of each launcher."""
+
+import pytest
+
+from flm_scale.errors import ConfigError
+from flm_scale.parallel.mesh import Ranks, find_ranks, first_host
+
+
+def test_torchruns_variables_are_taken_as_they_are() -> None:
+    environ = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert find_ranks(environ) == (Ranks(3, 8, 1), {})
+
+
+def test_srun_gets_a_meeting_point_on_the_first_host_and_a_port_of_its_job() -> None:
+    environ = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[003-004]", "SLURM_JOB_ID": "77"}
+    ranks, missing = find_ranks(environ)
+    assert ranks == (5, 8, 1)
+    assert missing == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu003", "MASTER_PORT": "20077"}
+
+
+def test_a_batch_script_outside_srun_is_one_process() -> None:
+    assert find_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})[0] == (0, 1, 0)
+
+
+def test_a_half_set_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        find_ranks({"RANK": "1"})
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("n0", "n0"), ("n0,n1", "n0"), ("gpu[003-007,9],login", "gpu003"), ("a,b[1-2]", "a"), ("x[7]", "x7")])
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
