@@ -125,7 +125,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    # The deepspeed launcher puts its --local_rank=N in front; the rank is read from the environment, as with every launcher.
+    words = [word for word in words if word != "--debug" and not word.startswith("--local_rank=")]
     try:
         _dispatch(words)
     except UserError as error:
@@ -153,7 +154,7 @@ def _dispatch(words: list[str]) -> None:
     if words[0] in groups:
         choices = [" ".join(verb) for verb in VERBS if verb[0] == words[0]]
         raise ConfigError(f"flm {' '.join(words[:2])}: no such command; there is: {', '.join(choices)}")
-    raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | {'train'})} flm --help lists them")
+    raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | {'train'})} (flm --help lists them)")
 
 
 def _train(words: list[str]) -> None:
@@ -165,7 +166,7 @@ def _train(words: list[str]) -> None:
         return
     name, rest = words[0], words[1:]
     if name not in RECIPES:
-        raise ConfigError(f"no recipe '{name}'{did_you_mean(name, RECIPES)} there is: {', '.join(RECIPES)}")
+        raise ConfigError(f"no recipe '{name}'{did_you_mean(name, RECIPES)} (there is: {', '.join(RECIPES)})")
     default = RECIPES[name]()
 
     def train_recipe(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, run_dir: Path = Path("runs") / name, overwrite: bool = False) -> None:

@@ -40,7 +40,8 @@ def write_toy(folder: Path, *, bad: frozenset[int] = frozenset()) -> Dataset:
     """64 + 8 + 8 drawn pictures with one to three captions each; those numbered in `bad` are no pictures at all."""
     samples = [drawn_sample(i, color=COLORS[i % 4], shape=SHAPES[i // 4 % 2], image=b"not a picture" if i in bad else None)
                for i in range(80)]
-    dataset = write_dataset(folder, name="toy", sources=[], splits={"train": samples[:64], "val": samples[64:72], "test": samples[72:]}, readme="Drawn.")
+    dataset = write_dataset(folder, name="toy", sources=[], readme="Drawn.",
+                            splits={"train": samples[:64], "val": samples[64:72], "test": samples[72:]})
     texts = (text for sample in samples for text in sample.captions + sample.questions)
     train_tokenizer(texts, vocab_size=80, model_file=dataset.tokenizer_file)
     tokenizer = Tokenizer(dataset.tokenizer_file)

@@ -83,11 +83,16 @@ class TextLayer(nn.Module):
         """State in, state out."""
         text, queries, images = split_rows(state)
         text = self.streams(text, images, state)
-        if self.reconstructor is not None and len(queries):
-            visible = query_visible(state.span_first[state.query_slots], state.span_last[state.query_slots], state.lengths,
-                                    num_positions=state.slots.shape[1])
-            queries = self.reconstructor(queries, text, state, visible)
-        return join_rows(state, text, queries, images)
+        return join_rows(state, text, self.reconstruct(queries, text, state), images)
+
+    def reconstruct(self, queries: Float[Tensor, "Q D"], text: Float[Tensor, "S T D"], state: State) -> Float[Tensor, "Q D"]:
+        """Let the queries read what the streams' layer gave out; they stay as they are where there is no reconstructor, or no query."""
+        if self.reconstructor is None or not len(queries):
+            return queries
+        visible = query_visible(state.span_first[state.query_slots], state.span_last[state.query_slots], state.lengths,
+                                num_positions=state.slots.shape[1])
+        read: Tensor = self.reconstructor(queries, text, state, visible)
+        return read
 
 
 class FusionEntry(nn.Module):
