@@ -45,6 +45,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     if ranks.rank == 0:
         open_run_dir(run_dir, run, overwrite=overwrite)
     model = build_model(run, objective)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
     engine = build_engine(run, model, objective)
     loader = Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.rank, size=engine.size)
 
@@ -52,13 +53,15 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
         return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.rank, size=engine.size)
 
     if engine.rank == 0:
-        announce(run, run_dir, model, dataset, engine)
-    steps(run, run_dir, engine, loader, objective, validation_batches)
+        announce(run, run_dir, dataset, engine, num_weights=num_weights)
+    steps(run, run_dir, engine, loader, objective, validation_batches, num_weights=num_weights)
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]]) -> None:
+def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]], *,
+          num_weights: int) -> None:
     """Take every step of the run."""
     recorder = Recorder(run, run_dir, engine)
+    recorder.start(num_weights)
     try:
         for step in range(run.steps):
             started = time.perf_counter()
@@ -140,6 +143,11 @@ class Recorder:
         self.log = MetricsLog(run_dir) if tells else None
         self.progress = Progress(run.steps, 1, sys.stderr) if tells else None
 
+    def start(self, num_weights: int) -> None:
+        """Record what does not change."""
+        if self.log:
+            self.log.log(0, {"parameters": num_weights})
+
     def count(self, batches: list[Batch]) -> None:
         """Count what all ranks read for a step; name bad pictures, and raise DataError when there are too many."""
         bad_keys = [key for batch in batches for key in batch.bad_keys]
@@ -175,10 +183,9 @@ class Recorder:
             self.log.close()
 
 
-def announce(run: Run, run_dir: Path, model: VisionLanguageModel, dataset: Dataset, engine: Engine) -> None:
+def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, *, num_weights: int) -> None:
     """Say what will be done."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    print(f"flm: {run.name}: {run.objective.kind}, {weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches on "
+    print(f"flm: {run.name}: {run.objective.kind}, {num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches on "
           f"{engine.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}, "
           f"{run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}", file=sys.stderr)
 

@@ -80,7 +80,10 @@ class Decoder(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """softmax cross-entropy of a linear layer, a chunk of rows at a time; the backward pass computes the logits again."""
+    """softmax cross-entropy of a linear layer, a chunk of rows at a time.
+
+    The backward pass computes the logits again, but for the last chunk's, which it needs first: a small batch has no other.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss[chunk] = normalizer[chunk] - logits.gather(-1, targets[:, None])[:, 0]
             correct[chunk] = logits.argmax(-1) == targets
         ctx.save_for_backward(rows, weight, bias, target_ids, normalizer)
+        ctx.last_logits = logits if len(rows) else None  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -102,9 +106,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-        for chunk in _chunks(len(rows)):
-            logits = F.linear(rows[chunk], weight, bias).float()
+        logits, ctx.last_logits = ctx.last_logits, None  # type: ignore[attr-defined]
+        for chunk in reversed(_chunks(len(rows))):
+            # None again after the first chunk, and when this backward pass is not the first over its graph.
+            logits = F.linear(rows[chunk], weight, bias).float() if logits is None else logits
             grad_logits = torch.exp_(logits.sub_(normalizer[chunk, None]))
+            logits = None
             grad_logits[torch.arange(len(grad_logits), device=rows.device), target_ids[chunk]] -= 1
             grad_logits *= grad_loss[chunk, None]
             grad_bias += grad_logits.sum(0)

@@ -146,7 +146,8 @@ def test_full_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.nn.init.zeros_(decoder.bias)
     loss, _ = decoder(torch.zeros(40, 16, requires_grad=True), torch.zeros(40, dtype=torch.long))
     loss.sum().backward()
-    assert len(shapes) == 10
+    # Five chunks forward; backward the last one is still there.
+    assert len(shapes) == 9
     assert max(shape[0] for shape in shapes) == 8
 
 
