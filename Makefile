@@ -19,17 +19,17 @@ $(STAMP): requirements.lock pyproject.toml
 
 pretrain: setup  ## real data, a model trained with FLM, its scores and a report, in minutes on a laptop
 	$(FLM) data demo data/demo
-	$(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m flm_scale train demo --run-dir $(RUN) --overwrite
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m flm_scale train demo --run-dir $(RUN) --overwrite
 	$(FLM) eval $(RUN) --task caption
 	$(FLM) eval $(RUN) --task retrieval
 	$(FLM) eval $(RUN) --task vqa
 	$(FLM) report $(RUN)
 
 test: setup
-	$(PYTHON) -m pytest -q -n 2
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 
 test-fast: setup
-	$(PYTHON) -m pytest -q -n 2 -m "not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 check: setup
 	$(VENV)/bin/ruff check .

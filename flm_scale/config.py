@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 
 class FlmConfig(Section):
-    """Free Language Modeling: every content token is predicted, each with its own hidden span (flm.md 3.2)."""
+    """Free Language Modeling: every content token is predicted, each with its own hidden span (docs/flm.md, Spans)."""
 
     kind: Literal["flm"] = "flm"
     corruption_rate: float = Field(0.3, ge=0, le=1)

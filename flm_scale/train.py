@@ -185,8 +185,8 @@ class Recorder:
 
 def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, *, num_weights: int) -> None:
     """Say what will be done."""
-    print(f"flm: {run.name}: {run.objective.kind}, {num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches on "
-          f"{engine.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}, "
+    print(f"flm: {run.name}: {run.objective.kind}, {num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches "
+          f"on {engine.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}, "
           f"{run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}", file=sys.stderr)
 
 

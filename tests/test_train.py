@@ -118,7 +118,8 @@ def test_a_dataset_or_tokenizer_that_the_run_did_not_pin_is_refused(toy_dataset:
     assert "4567" in capsys.readouterr().err
 
 
-def test_a_vocabulary_below_the_tokenizers_is_refused_with_the_remedy(toy_dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_vocabulary_below_the_tokenizers_is_refused_with_the_remedy(toy_dataset: Dataset, tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
     assert train(toy_dataset.folder, tmp_path / "run", "--text.vocab-size", "20") == 2
     assert re.search(r"text.vocab_size \(20\) must be at least the tokenizer's \d+; add --text.vocab-size \d+", capsys.readouterr().err)
 
@@ -166,7 +167,7 @@ def srun(tmp_path: Path) -> Iterator[list[str]]:
     script, folder = str(Path(__file__).with_name("slurm-cluster")), str(tmp_path / "slurm")
     subprocess.run([script, "start", folder], check=True, timeout=60)
     # The nodes' names are in no DNS, so the meeting point that would be the first of them is given.
-    yield ["env", f"SLURM_CONF={folder}/slurm.conf", "MASTER_ADDR=127.0.0.1", "srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL"]
+    yield ["env", f"SLURM_CONF={folder}/slurm.conf", "MASTER_ADDR=127.0.0.1", "srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     subprocess.run([script, "stop", folder], check=True, timeout=60)
 
 
@@ -175,11 +176,11 @@ def srun(tmp_path: Path) -> Iterator[list[str]]:
 def test_two_processes_of_any_launcher_give_the_losses_of_one(launcher: str, trained: Path, toy_dataset: Dataset, tmp_path: Path,
                                                              request: pytest.FixtureRequest) -> None:
     prefix = request.getfixturevalue("srun") if launcher == "srun" else LAUNCHERS[launcher]
-    arguments = ["train", "debug", "--data.path", str(toy_dataset.folder), "--run-dir", str(tmp_path / "run"), *TINY, "--parallel.engine",
-                 "deepspeed"]
+    arguments = ["train", "debug", "--data.path", str(toy_dataset.folder), "--run-dir", str(tmp_path / "run"), *TINY,
+                 "--parallel.engine", "deepspeed"]
     start = {"torchrun": ["-m", "flm_scale"], "deepspeed": ["--module", "flm_scale"], "srun": [sys.executable, "-m", "flm_scale"]}[launcher]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*prefix, *start, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*prefix, *start, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     one, two = ([line["loss"] for line in lines_of(run_dir) if "loss" in line] for run_dir in (trained, tmp_path / "run"))
     assert two == pytest.approx(one, rel=1e-5)
@@ -187,7 +188,8 @@ def test_two_processes_of_any_launcher_give_the_losses_of_one(launcher: str, tra
 
 @pytest.mark.slow
 def test_several_processes_on_the_local_engine_are_refused(toy_dataset: Dataset, tmp_path: Path) -> None:
-    command = [*LAUNCHERS["torchrun"], "-m", "flm_scale", "train", "debug", "--data.path", str(toy_dataset.folder), "--run-dir", str(tmp_path / "run"), *TINY]
+    command = [*LAUNCHERS["torchrun"], "-m", "flm_scale", "train", "debug", "--data.path", str(toy_dataset.folder),
+               "--run-dir", str(tmp_path / "run"), *TINY]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode != 0
     assert "parallel.engine 'local' is one process, but the launcher started 2; add --parallel.engine deepspeed" in done.stderr

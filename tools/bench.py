@@ -34,7 +34,7 @@ from flm_scale.observe.cost import BatchShapes, forward_flops, training_flops, v
 from flm_scale.observe.throughput import peak_flops
 from flm_scale.recipes import demo
 
-# Share of the 4M mix's pairs, mean and deviation of wordpieces a caption: COCO, Visual Genome, Conceptual Captions, SBU (flm.md section 6).
+# Share of the 4M mix's pairs, mean and deviation of wordpieces a caption: COCO, Visual Genome, Conceptual Captions, SBU (docs/flm.md).
 MIX = ((567, 11.8, 2.8), (5410, 5.5, 1.8), (3010, 10.7, 4.9), (867, 15.0, 7.7))
 MASK_ID = 4
 VARIANTS = ("FLM packed", "FLM padded", "MLM .4 packed", "AR packed")
@@ -105,7 +105,8 @@ def build_variants(size: str, *, pairs: int) -> list[Variant]:
         if "padded" in name:
             examples = [[pad_example(example, length=longest) for example in views] for views in examples]
         side = run.vision.image_size
-        variants.append(Variant(name, run, model, objective, pack(examples, draw.integers(0, 256, (pairs, 3, side, side), dtype=np.uint8))))
+        pixels = draw.integers(0, 256, (pairs, 3, side, side), dtype=np.uint8)
+        variants.append(Variant(name, run, model, objective, pack(examples, pixels)))
     return variants
 
 
@@ -120,7 +121,8 @@ def interleave(variants: list[Variant], *, rounds: int) -> list[list[float]]:
 def print_costs(size: str, variants: list[Variant], seconds: list[list[float]]) -> None:
     """Print seconds, ratios to packed FLM and MLM, and utilisation."""
     peak = peak_flops(torch.device("cpu"), "fp32")
-    table = Table("variant", "seconds min", "median", "time of packed FLM over it", "same, by FLOPs", "forward GFLOP a pair", "MFU", title=f"{size}: a micro-step")
+    table = Table("variant", "seconds min", "median", "time of packed FLM over it", "same, by FLOPs", "forward GFLOP a pair", "MFU",
+                  title=f"{size}: a micro-step")
     for variant, times in zip(variants, seconds, strict=True):
         ratio = statistics.median(flm / own for flm, own in zip(seconds[0], times, strict=True))
         shown = f"{1 / ratio:.2f}x slower" if "padded" in variant.name else f"{ratio:.2f}"

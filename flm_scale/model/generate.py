@@ -1,7 +1,7 @@
 """Captions of pictures, token by token from the left: greedy and beam search over the forward stream alone.
 
 The picture is encoded once and its keys and values are made once a fusion layer; each step adds one row of keys and values a text
-layer. What a step computes equals the forward stream's row over the whole prefix (flm.md 11, t10).
+layer. What a step computes equals the forward stream's row over the whole prefix (tested).
 """
 
 from collections.abc import Sequence

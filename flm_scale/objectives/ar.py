@@ -1,4 +1,4 @@
-"""Autoregressive language modelling: row i sees positions 0..i and predicts token i+1 (flm.md 3.1, the forward stream alone)."""
+"""Autoregressive language modelling: row i sees positions 0..i and predicts token i+1 (docs/flm.md, Layout: the forward stream alone)."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Free Language Modeling (arXiv 2303.14038; flm.md 3): encode the caption once from each side, then hide a span per target.
+"""Free Language Modeling (arXiv 2303.14038; docs/flm.md): encode the caption once from each side, then hide a span per target.
 
 Positions: 0 is BOS, 1..n the content, n+1 EOS. The forward stream's row i has read 0..i and predicts token i+1; the reverse
 stream's row i has read i..n+1 and predicts token i-1; the query of token j reads forward rows before its span and reverse rows
@@ -63,7 +63,7 @@ class Flm:
 
 
 def draw_spans(num_content: int, *, rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw for each content position j = 1..n a span [lo, hi] with 1 <= lo <= j <= hi <= n (flm.md 3.2).
+    """Draw for each content position j = 1..n a span [lo, hi] with 1 <= lo <= j <= hi <= n (docs/flm.md, Spans).
 
     The length is drawn first (1 + Binomial(n-1, p), mean max(1, n * rate)), the position second, and a span that would leave the
     caption is shifted, never cut: so the realised rate equals the requested one at every position, the edges too.

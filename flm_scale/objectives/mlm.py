@@ -1,4 +1,4 @@
-"""Masked language modelling: hidden tokens are replaced by the mask token, every row sees the whole caption (flm.md 1 and 3.5).
+"""Masked language modelling: hidden tokens are replaced by the mask token, every row sees the whole caption (docs/flm.md).
 
 Two ways to predict less than is hidden, at the same corruption, make the prediction-rate sweep of the FLM paper (its Fig. 1a):
 keep labels on a share of the hidden tokens, or split them over several passes that each hide only their own.

@@ -1,4 +1,4 @@
-"""PrefixLM: the caption's beginning sees itself whole, the rest is predicted from the left (flm.md 1; SimVLM, arXiv 2108.10904)."""
+"""PrefixLM: the caption's beginning sees itself whole, the rest is predicted from the left (docs/flm.md; SimVLM, arXiv 2108.10904)."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Forward FLOPs of one packed micro-batch, counted from sizes alone (flm.md 5): the numerator of the model FLOPs utilisation.
+"""Forward FLOPs of one packed micro-batch, counted from sizes alone (docs/flm.md, Cost): the numerator of the model FLOPs utilisation.
 
 A multiply-add is two FLOPs; linears, the patch convolution and attention's two products count, norms, softmax and elementwise work do not.
 Model FLOPs count attention over the real lengths of each caption, without credit for causal sparsity. What is executed is a little

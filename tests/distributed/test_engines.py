@@ -25,8 +25,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("outcomes")
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for size in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", "-m", "tests.distributed.worker", str(out)]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=560, check=False)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+                   "-m", "tests.distributed.worker", str(out)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     return out
 

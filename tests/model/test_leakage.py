@@ -23,7 +23,7 @@ LONGEST = 12
 
 
 def visible_tokens(objective: Objective, example: Example, target: int) -> set[int]:
-    """The dependency matrix of flm.md section 1, written down anew from the definitions: positions that may be seen for a target."""
+    """The dependency matrix of docs/flm.md, written down anew from the definitions: positions that may be seen for a target."""
     length, row = example.length, int(example.target_rows[target])
     part = objective.parts[int(example.target_parts[target])]
     if part == "reconstruction":

@@ -60,7 +60,7 @@ def test_executed_flops_match_torchs_counter_on_uneven_captions() -> None:
     assert {part for part in useful if useful[part] < executed[part]} == {"bottom", "fusion", "reconstructor"}
 
 
-# ViT, bottom, top, reconstructor, heads, total in GFLOP a pair: flm.md section 5.
+# ViT, bottom, top, reconstructor, heads, total in GFLOP a pair: docs/flm.md, Cost.
 PUBLISHED = {
     ("ar", 32): (13.4, 4.3, 6.2, 0.0, 3.9, 28.0), ("flm", 32): (13.4, 8.6, 12.5, 10.1, 11.8, 56.6),
     ("ar", 16): (54.6, 4.3, 9.9, 0.0, 3.9, 73.1), ("flm", 16): (54.6, 8.6, 19.8, 10.1, 11.8, 105.4),
@@ -83,7 +83,7 @@ def test_formula_gives_the_published_table_at_padding_50(kind: str, patch_size: 
 
 @pytest.mark.parametrize(("name", "image_size", "published"), [("ViT-B-32", 224, 17.3), ("ViT-B-32", 288, 23.1), ("ViT-B-16", 288, 68.1)])
 def test_formula_gives_the_published_cost_of_our_packed_layout(name: str, image_size: int, published: float) -> None:
-    """Ten images with a caption of 11.3 tokens each, nothing computed on padding, image keys and values once: flm.md section 5."""
+    """Ten images with a caption of 11.3 tokens each, nothing computed on padding, image keys and values once: docs/flm.md, Cost."""
     run = Run(name="packed", vision=OpenClipVisionConfig(name=name, image_size=image_size))
     shapes = BatchShapes(num_images=10, num_streams=2, text_tokens=113, num_queries=93, num_targets=10 * 29, self_pairs=1277, query_pairs=1051,
                          view_self_pairs=1440, view_query_pairs=1200, view_image_rows=120)
