@@ -42,6 +42,9 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
     run = pin(run, dataset, tokenizer)
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
+    if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
+        raise DataError(f"{run.data.path}: split '{run.log.validation_split}' has no caption to validate on; choose another "
+                        "--log.validation-split, or --log.validate-every-steps 0")
     if ranks.rank == 0:
         open_run_dir(run_dir, run, overwrite=overwrite)
     model = build_model(run, objective)

@@ -118,6 +118,13 @@ def test_a_dataset_or_tokenizer_that_the_run_did_not_pin_is_refused(toy_dataset:
     assert "4567" in capsys.readouterr().err
 
 
+def test_a_validation_split_that_is_not_there_is_refused_before_training(toy_dataset: Dataset, tmp_path: Path,
+                                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(toy_dataset.folder, tmp_path / "run", "--log.validation-split", "vall") == 2
+    assert "vall" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_vocabulary_below_the_tokenizers_is_refused_with_the_remedy(toy_dataset: Dataset, tmp_path: Path,
                                                                      capsys: pytest.CaptureFixture[str]) -> None:
     assert train(toy_dataset.folder, tmp_path / "run", "--text.vocab-size", "20") == 2
