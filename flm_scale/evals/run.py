@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flm_scale.checkpoint.weights import last_weights, load_weights, read_run
-from flm_scale.config import OpenClipVisionConfig, Run
+from flm_scale.config import Run
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.model.assemble import VisionLanguageModel, build_model
@@ -25,10 +25,7 @@ class TrainedRun(NamedTuple):
         """Return the trained model, on the machine's accelerator where it has one."""
         import torch
 
-        run = self.run
-        if isinstance(run.vision, OpenClipVisionConfig):  # the run's own weights hold the tower
-            run = run.replace(vision=run.vision.replace(pretrained=""))
-        model = build_model(run, self.objective)
+        model = build_model(self.run, self.objective, load_pretrained=False)
         load_weights(model.layers, self.weights)
         return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -172,7 +172,7 @@ def answering_model(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[in
     answer_ids: the tokens of each answer; its row starts as the mean of theirs, so that what the run knows of the words is not lost.
     weights: folder of the run's weights; None starts from random.
     """
-    model = build_model(run, task.objective)
+    model = build_model(run, task.objective, load_pretrained=weights is None)
     if weights is not None:
         load_weights(model.layers, weights)
     vocabulary = cast("Decoder", model.head.decoder)

@@ -52,9 +52,12 @@ class VisionLanguageModel(nn.Module):
         return cast("Head", self.layers["head"])
 
 
-def build_model(run: Run, objective: Objective, *, parts: Parts | None = None) -> VisionLanguageModel:
-    """Return the model of a run with its initial weights: pretrained where named, else drawn from the seed and each weight's name."""
-    vision = build_vision(run.vision, text_width=run.text.width)
+def build_model(run: Run, objective: Objective, *, parts: Parts | None = None, load_pretrained: bool = True) -> VisionLanguageModel:
+    """Return the model of a run with its initial weights: pretrained where named, else drawn from the seed and each weight's name.
+
+    load_pretrained: False where a run's own weights will fill the model, so that no download is needed.
+    """
+    vision = build_vision(run.vision, text_width=run.text.width, load_pretrained=load_pretrained)
     names = ["vision_entry", *(f"vision_{i}" for i in range(len(vision) - 2)), "vision_exit"]
     layers = dict(zip(names, vision, strict=True)) | text_layers(run.text, objective, parts or PlainParts())
     model = VisionLanguageModel(layers, recompute=run.recompute)

@@ -3,6 +3,7 @@
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,22 @@ from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
+Colour = Sequence[float]
+
 
 class VisionEntry(nn.Module):
     """Pixels to patch tokens: normalise, patch projection, class token, positions."""
 
-    def __init__(self, tower: "VisionTransformer") -> None:
+    def __init__(self, tower: "VisionTransformer", *, mean: Colour, std: Colour) -> None:
+        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with."""
         super().__init__()
-        from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
         self.patches, self.norm = tower.conv1, tower.ln_pre
         self.class_embedding = tower.class_embedding
         if tower.positional_embedding.requires_grad:
             self.positional_embedding = tower.positional_embedding
         else:  # sines and cosines: not a weight
             self.register_buffer("positional_embedding", tower.positional_embedding.detach())
-        self.mean, self.std = OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+        self.mean, self.std = mean, std
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return tokens [N*I, width] of uint8 pixels."""
@@ -88,16 +90,25 @@ def named_sizes(name: str) -> dict[str, Any]:
     return sizes
 
 
-def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width: int) -> list[nn.Module]:
-    """Return the tower's layers, with pretrained weights when the config names some.
+def colours(config: OpenClipVisionConfig | SmallVisionConfig) -> tuple[Colour, Colour]:
+    """Return mean and deviation of the colours that the tower's weights were trained with: those of its tag, OpenAI's by default."""
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) if isinstance(config, OpenClipVisionConfig) and config.pretrained else {}
+    return tag.get("mean", open_clip.OPENAI_DATASET_MEAN), tag.get("std", open_clip.OPENAI_DATASET_STD)
+
+
+def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width: int, load_pretrained: bool = True) -> list[nn.Module]:
+    """Return the tower's layers, with pretrained weights when the config names some (and they are not about to be replaced by a run's own).
 
     Raises ConfigError for a name that is not one of open_clip's ViTs, CheckpointError for weights that cannot be had or do not fit.
     """
-    tower = _small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config)
+    tower = _small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config, load_pretrained=load_pretrained)
+    mean, std = colours(config)
     blocks = list(tower.transformer.resblocks)
     if config.output == "penultimate":
         blocks.pop()
-    layers = [VisionEntry(tower), *map(VisionBlock, blocks), VisionExit(tower, text_width=text_width)]
+    layers = [VisionEntry(tower, mean=mean, std=std), *map(VisionBlock, blocks), VisionExit(tower, text_width=text_width)]
     if not config.trainable:
         for layer in layers:
             layer.requires_grad_(False)
@@ -115,7 +126,7 @@ def _small_tower(config: SmallVisionConfig) -> "VisionTransformer":
     return open_clip.CLIP(embed_dim=1, vision_cfg=vision, text_cfg=text).visual
 
 
-def _named_tower(config: OpenClipVisionConfig) -> "VisionTransformer":
+def _named_tower(config: OpenClipVisionConfig, *, load_pretrained: bool) -> "VisionTransformer":
     import open_clip
 
     sizes = named_sizes(config.name)
@@ -126,7 +137,7 @@ def _named_tower(config: OpenClipVisionConfig) -> "VisionTransformer":
         raise CheckpointError(f"vision.pretrained ('{config.pretrained}') is neither a file nor a tag of {config.name}; its tags: "
                               f"{', '.join(tags) or 'none'}")
     try:
-        model = open_clip.create_model(config.name, pretrained=config.pretrained or None, force_image_size=config.image_size)
+        model = open_clip.create_model(config.name, pretrained=(load_pretrained and config.pretrained) or None, force_image_size=config.image_size)
     except (RuntimeError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"vision.pretrained ('{config.pretrained}') does not load into {config.name}: {reason}") from error

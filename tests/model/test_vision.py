@@ -8,7 +8,7 @@ import torch
 from flm_scale.config import OpenClipVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.assemble import build_model
-from flm_scale.model.vision import build_vision
+from flm_scale.model.vision import build_vision, colours
 from tests.synthetic import objective_of, random_pixels, tiny_run
 
 NAME = "ViT-S-32-alt"
@@ -43,6 +43,19 @@ def test_tokens_are_open_clips_own_from_a_local_file_at_any_resolution(weight_fi
     wanted = -1 if output == "final" else -2
     tokens = torch.cat([found["image_intermediates_prefix"][wanted], found["image_intermediates"][wanted]], dim=1)
     torch.testing.assert_close(layers[-1].norm(rows), tokens.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_normalised_as_the_tags_weights_were_trained() -> None:
+    """open_clip keeps each tag's mean and deviation; CLIPA's are ImageNet's, not OpenAI's. Weights are not loaded for it."""
+    import open_clip
+
+    assert colours(OpenClipVisionConfig(name="ViT-H-14-CLIPA", pretrained="datacomp1b"))[0] == (0.485, 0.456, 0.406)
+    assert colours(OpenClipVisionConfig(name="ViT-B-32", pretrained="openai"))[0] == open_clip.OPENAI_DATASET_MEAN
+    entry = build_vision(OpenClipVisionConfig(name=NAME), text_width=32)[0]
+    pixels = torch.full((1, 3, 224, 224), 100, dtype=torch.uint8)
+    before = entry.embed(pixels)
+    entry.mean = (0.485, 0.456, 0.406)
+    assert not torch.equal(entry.embed(pixels), before)
 
 
 def test_pretrained_weights_are_kept_and_the_rest_starts_from_the_seed(weight_file: Path) -> None:
