@@ -124,8 +124,9 @@ def test_open_files_stay_below_the_limit(dataset: Dataset, monkeypatch: pytest.M
     monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
     index = dataset.index("train")
     assert [index.read_image(number) for number in (0, 10, 20, 0)] == [sample(number).image for number in (0, 10, 20, 0)]
+    # Only the tars: pyarrow closes the index it has read when one of its own threads gets to it.
     links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert [link for link in links if link.startswith(str(dataset.folder))] == [str(dataset.folder / "train/00000.tar")]
+    assert [link for link in links if link.startswith(str(dataset.folder)) and link.endswith(".tar")] == [str(dataset.folder / "train/00000.tar")]
 
 
 def test_picture_that_changed_after_opening_names_shard_and_key(dataset: Dataset) -> None:
