@@ -83,42 +83,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """softmax cross-entropy of a linear layer, a chunk of rows at a time.
 
     The backward pass computes the logits again, but for the last chunk's, which it needs first: a small batch has no other.
+    Logits are large and read from memory once or twice for each line below, so they are worked on in place.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.empty(len(rows), device=rows.device)
         correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
-        normalizer = torch.empty_like(loss)
+        top, total = torch.empty_like(loss), torch.empty_like(loss)
+        exponentials = None
         for chunk in _chunks(len(rows)):
             logits, targets = F.linear(rows[chunk], weight, bias).float(), target_ids[chunk]
-            normalizer[chunk] = logits.logsumexp(-1)
-            loss[chunk] = normalizer[chunk] - logits.gather(-1, targets[:, None])[:, 0]
-            correct[chunk] = logits.argmax(-1) == targets
-        ctx.save_for_backward(rows, weight, bias, target_ids, normalizer)
-        ctx.last_logits = logits if len(rows) else None  # type: ignore[attr-defined]
+            top[chunk], likeliest = logits.max(-1)
+            correct[chunk] = likeliest == targets
+            picked = logits.gather(-1, targets[:, None])[:, 0]
+            exponentials = _exponentials(logits, top[chunk])
+            total[chunk] = exponentials.sum(-1)
+            loss[chunk] = total[chunk].log() + top[chunk] - picked
+        ctx.save_for_backward(rows, weight, bias, target_ids, top, total)
+        ctx.last_exponentials = exponentials  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        rows, weight, bias, target_ids, normalizer = ctx.saved_tensors  # type: ignore[attr-defined]
+        rows, weight, bias, target_ids, top, total = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-        logits, ctx.last_logits = ctx.last_logits, None  # type: ignore[attr-defined]
+        grad_weight, grad_bias = None, None
+        kept, ctx.last_exponentials = ctx.last_exponentials, None  # type: ignore[attr-defined]
         for chunk in reversed(_chunks(len(rows))):
             # None again after the first chunk, and when this backward pass is not the first over its graph.
-            logits = F.linear(rows[chunk], weight, bias).float() if logits is None else logits
-            grad_logits = torch.exp_(logits.sub_(normalizer[chunk, None]))
-            logits = None
-            grad_logits[torch.arange(len(grad_logits), device=rows.device), target_ids[chunk]] -= 1
-            grad_logits *= grad_loss[chunk, None]
-            grad_bias += grad_logits.sum(0)
+            exponentials = _exponentials(F.linear(rows[chunk], weight, bias).float(), top[chunk]) if kept is None else kept
+            kept = None
+            grad_logits = exponentials.mul_((grad_loss[chunk] / total[chunk])[:, None])
+            grad_logits[torch.arange(len(grad_logits), device=rows.device), target_ids[chunk]] -= grad_loss[chunk]
+            chunk_bias = grad_logits.sum(0)
             grad_logits = grad_logits.to(rows.dtype)
             grad_rows[chunk] = grad_logits @ weight
-            grad_weight += grad_logits.T @ rows[chunk]
+            chunk_weight = (grad_logits.T @ rows[chunk]).float()
+            # The first chunk's gradients become the sums: a table of zeros as large as the vocabulary's is not made first.
+            grad_weight = chunk_weight if grad_weight is None else grad_weight.add_(chunk_weight)
+            grad_bias = chunk_bias if grad_bias is None else grad_bias.add_(chunk_bias)
+        if grad_weight is None or grad_bias is None:
+            return grad_rows, torch.zeros_like(weight), torch.zeros_like(bias), None
         return grad_rows, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+
+
+def _exponentials(logits: Float[Tensor, "R V"], top: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:
+    return logits.sub_(top[:, None]).exp_()
 
 
 def _chunks(num_rows: int) -> list[slice]:
