@@ -10,6 +10,7 @@ pass its `State` on, one float tensor and integer tensors, so that a pipeline ma
 the targets become `LossSums`, sums and counts that are added up before anything is divided.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,7 +84,23 @@ class State(NamedTuple):
     target_rows: Int[Tensor, " R"]
     target_ids: Int[Tensor, " R"]
     target_parts: Int[Tensor, " R"]
-    pooled_rows: Int[Tensor, " C"]
+    pooled_rows: Int[Tensor, " pooled"]
+    """Row that stands for each caption whose objective names one; none in pretraining."""
+
+    def packed(self) -> tuple[Tensor, Int[Tensor, " integers"]]:
+        """Return the rows, and all integers with their shapes as one tensor: what one pipeline stage sends to the next."""
+        integers = self[1:]
+        header = torch.tensor([[tensor.ndim, *tensor.shape, 0][:3] for tensor in integers], device=integers[0].device)
+        return self.rows, torch.cat([header.flatten(), *(tensor.flatten() for tensor in integers)])
+
+    @staticmethod
+    def unpack(rows: Tensor, integers: Int[Tensor, " integers"]) -> "State":
+        """Return the state that `packed` made these of."""
+        count = len(State._fields) - 1
+        header, values = integers.split_with_sizes([3 * count, len(integers) - 3 * count])
+        shapes = [shape[:ndim] for ndim, *shape in header.view(count, 3).tolist()]
+        pieces = values.split([math.prod(shape) for shape in shapes])
+        return State(rows, *(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)))
 
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device; copies from pinned memory do not wait."""
@@ -98,6 +115,7 @@ class Batch:
     keys: tuple[str, ...]
     """Sample key of each image."""
     num_captions: int
+    """Captions that the batch was made from; one that an objective shows in several views counts once."""
     num_tokens: int
     """Text tokens that are not padding."""
     part_counts: Int[Tensor, " parts"]
@@ -146,8 +164,9 @@ class LossSums:
     @staticmethod
     def by_part(scores: Scores, parts: Int[Tensor, " R"], *, num_parts: int) -> "LossSums":
         """Add up the scores of each part; rows of part IGNORED are left out."""
-        member = (parts[None] == torch.arange(num_parts, device=parts.device)[:, None]).float()
-        return LossSums(member @ scores.loss, (member @ scores.correct.float()).detach(), member.sum(1))
+        member = parts == torch.arange(num_parts, device=parts.device)[:, None]
+        loss = torch.where(member, scores.loss, 0)  # not a product with `member`: 0 times another part's NaN is NaN
+        return LossSums(loss.sum(1), (member & scores.correct).sum(1).float(), member.sum(1).float())
 
 
 def part_weights(terms: tuple[Term, ...], parts: tuple[str, ...], counts: Tensor) -> Float[Tensor, " parts"]:

@@ -138,6 +138,8 @@ class TextConfig(Section):
     """Rows of the embedding table: at least the tokenizer's size."""
     max_length: int = Field(50, ge=3)
     """Longest caption in tokens, with BOS and EOS; longer ones are cut and keep their EOS."""
+    tied: bool = False
+    """The decoder's weights are the embedding table's; the published FLM has them apart."""
     norm: Literal["pre", "post"] = "pre"
     """Where layer normalisation sits; 'post' is BERT's and the published FLM's order."""
 
@@ -207,7 +209,26 @@ class ParallelConfig(Section):
     engine: Literal["local", "deepspeed"] = "local"
     """'local' is one process of plain PyTorch, the reference; 'deepspeed' runs over all processes of the launcher."""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage under DeepSpeed, the template ds_configs/zeroN.json."""
+    """ZeRO stage under DeepSpeed."""
+    tensor: int = Field(1, ge=1)
+    """Processes that share the text layers' matrices, heads and vocabulary; keep it within a node."""
+    pipe: int = Field(1, ge=1)
+    """Pipeline stages that the layer list is cut into; needs ZeRO 1. Data-parallel size is world / (tensor * pipe)."""
+    vision: Literal["replicated", "shard_batch"] = "replicated"
+    """Under tensor parallelism: every process encodes all images, or each its share, and the image tokens are gathered."""
+    template: str = ""
+    """Name of a DeepSpeed template in ds_configs/; empty takes zeroN, or zero1-pipeline under a pipeline."""
+
+    @model_validator(mode="after")
+    def _kinds_combine(self) -> Self:
+        if self.engine == "local" and self.tensor * self.pipe > 1:
+            raise ConfigError(f"parallel.tensor ({self.tensor}) and parallel.pipe ({self.pipe}) need parallel.engine deepspeed; "
+                              "add --parallel.engine deepspeed")
+        if self.pipe > 1 and self.zero != 1:
+            raise ConfigError(f"parallel.zero ({self.zero}) does not go with parallel.pipe ({self.pipe}); use --parallel.zero 1")
+        if self.tensor > 1 and self.zero == 0:
+            raise ConfigError(f"parallel.zero (0) does not go with parallel.tensor ({self.tensor}); use --parallel.zero 1")
+        return self
 
 
 class LogConfig(Section):
@@ -251,6 +272,8 @@ class Run(Section):
                               f"({self.text.max_length}); raise the first or lower the second")
         if self.optim.warmup_steps >= self.steps and self.optim.schedule != "constant":
             raise ConfigError(f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})")
+        if self.text.heads % self.parallel.tensor:
+            raise ConfigError(f"text.heads ({self.text.heads}) must be a multiple of parallel.tensor ({self.parallel.tensor}); change one of them")
         views = self.objective.passes if isinstance(self.objective, MlmConfig) else 1
         if views * self.text.max_length > self.batch.text_tokens or views > self.batch.captions:
             raise ConfigError(f"objective.passes ({views}) times text.max_length ({self.text.max_length}) must fit into batch.text_tokens "

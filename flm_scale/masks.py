@@ -17,7 +17,7 @@ def stream_visible(first: Int[Tensor, "*rows L"], last: Int[Tensor, "*rows L"]) 
 
 def query_visible(
     span_first: Int[Tensor, "C Lq"], span_last: Int[Tensor, "C Lq"], length: Int[Tensor, " C"], *, num_positions: int
-) -> Bool[Tensor, "C Lq 2*num_positions"]:
+) -> Bool[Tensor, "C Lq 2*{num_positions}"]:
     """Return which rows a query reads: forward positions on the first half of the last axis, reverse positions on the second.
 
     Five tokens, n = 3, a query that hides [2, 2] reads forward rows 1 1 0 0 0 and reverse rows 0 0 0 1 1.

@@ -13,20 +13,21 @@ from pathlib import Path
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.weights import save_weights
-from flm_scale.config import Run, SmallVisionConfig
+from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
-from flm_scale.engine.base import Engine, Task, total_loss
+from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import ConfigError, DataError
-from flm_scale.model.assemble import VisionLanguageModel, build_model
+from flm_scale.model.assemble import build_model
 from flm_scale.model.vision import named_sizes
 from flm_scale.objectives.objective import Objective, build_objective
-from flm_scale.observe.cost import BatchShapes, forward_flops, training_flops, vision_shape
+from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_shape
+from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.observe.metrics import MetricsLog
 from flm_scale.observe.progress import Progress
 from flm_scale.observe.throughput import Meter, peak_flops
-from flm_scale.parallel.mesh import find_ranks
+from flm_scale.parallel.mesh import find_layout, find_ranks
 
 SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
@@ -38,6 +39,8 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     Raises UserError for what the user can put right: no dataset, sizes that do not fit it, an occupied run directory, a bad loss.
     """
     ranks, _ = find_ranks(os.environ)
+    layout = find_layout(run.parallel, world_size=ranks.size)
+    micro_steps(run.batch, data_parallel_size=layout.data)
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
     run = pin(run, dataset, tokenizer)
@@ -47,24 +50,21 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
                         "--log.validation-split, or --log.validate-every-steps 0")
     if ranks.rank == 0:
         open_run_dir(run_dir, run, overwrite=overwrite)
-    model = build_model(run, objective)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    engine = build_engine(run, model, objective)
-    loader = Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.rank, size=engine.size)
+    engine = build_engine(run, objective)
+    loader = Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data)
 
     def validation_batches() -> Iterator[Batch]:
-        return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.rank, size=engine.size)
+        return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
 
     if engine.rank == 0:
-        announce(run, run_dir, dataset, engine, num_weights=num_weights)
-    steps(run, run_dir, engine, loader, objective, validation_batches, num_weights=num_weights)
+        announce(run, run_dir, dataset, engine)
+    steps(run, run_dir, engine, loader, objective, validation_batches)
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]], *,
-          num_weights: int) -> None:
+def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]]) -> None:
     """Take every step of the run."""
     recorder = Recorder(run, run_dir, engine)
-    recorder.start(num_weights)
+    recorder.start()
     try:
         for step in range(run.steps):
             started = time.perf_counter()
@@ -105,18 +105,25 @@ def open_run_dir(run_dir: Path, run: Run, *, overwrite: bool) -> None:
     (run_dir / "run.json").write_text(run.model_dump_json(indent=2) + "\n")
 
 
-def build_engine(run: Run, model: VisionLanguageModel, task: Task) -> Engine:
-    """Return the engine that the run names. Raises ConfigError for several processes on the local one."""
+def build_engine(run: Run, objective: Objective) -> Engine:
+    """Return the engine that the run names, around the run's model. Raises ConfigError for several processes on the local one."""
     if run.parallel.engine == "deepspeed":
-        from flm_scale.engine.deepspeed import DeepSpeedEngine
+        from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
-        return DeepSpeedEngine(run, model, task)
+        if run.parallel.zero == 1:
+            return PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, shape_of(run.vision)))
+        return PlainDeepSpeedEngine(run, objective)
     from flm_scale.engine.local import LocalEngine
 
     ranks, _ = find_ranks(os.environ)
     if ranks.size > 1:
         raise ConfigError(f"parallel.engine 'local' is one process, but the launcher started {ranks.size}; add --parallel.engine deepspeed")
-    return LocalEngine(run, model, task)
+    return LocalEngine(run, build_model(run, objective), objective)
+
+
+def shape_of(config: OpenClipVisionConfig | SmallVisionConfig) -> VisionShape:
+    """Return the sizes of a run's tower."""
+    return vision_shape(config, None if isinstance(config, SmallVisionConfig) else named_sizes(config.name))
 
 
 def part_values(objective: Objective, sums: LossSums) -> dict[str, float]:
@@ -138,18 +145,18 @@ class Recorder:
 
     def __init__(self, run: Run, run_dir: Path, engine: Engine) -> None:
         self.run, self.engine = run, engine
-        self.vision = vision_shape(run.vision, None if isinstance(run.vision, SmallVisionConfig) else named_sizes(run.vision.name))
+        self.vision = shape_of(run.vision)
         peak = run.log.peak_tflops * 1e12 or peak_flops(engine.device, run.precision)
-        self.meter = Meter(peak_flops=peak, world_size=engine.size)
+        self.meter = Meter(peak_flops=peak, world_size=engine.layout.size)
         self.images = self.bad_images = 0.0
         tells = engine.rank == 0
         self.log = MetricsLog(run_dir) if tells else None
         self.progress = Progress(run.steps, 1, sys.stderr) if tells else None
 
-    def start(self, num_weights: int) -> None:
+    def start(self) -> None:
         """Record what does not change."""
         if self.log:
-            self.log.log(0, {"parameters": num_weights})
+            self.log.log(0, {"parameters": self.engine.num_weights})
 
     def count(self, batches: list[Batch]) -> None:
         """Count what all ranks read for a step; name bad pictures, and raise DataError when there are too many."""
@@ -186,10 +193,11 @@ class Recorder:
             self.log.close()
 
 
-def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, *, num_weights: int) -> None:
+def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine) -> None:
     """Say what will be done."""
-    print(f"flm: {run.name}: {run.objective.kind}, {num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches "
-          f"on {engine.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}, "
+    print(f"flm: {run.name}: {run.objective.kind}, {engine.num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches "
+          f"on {engine.layout.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}"
+          f"{f' (tensor {run.parallel.tensor} x pipe {run.parallel.pipe})' if run.parallel.tensor * run.parallel.pipe > 1 else ''}, "
           f"{run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}", file=sys.stderr)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from flm_scale.batch import State
 from flm_scale.config import ArConfig, BatchConfig, FlmConfig, MlmConfig, OpenClipVisionConfig, OptimConfig, Run, SmallVisionConfig, TextConfig
 from flm_scale.data.pack import pack, pad_example
-from flm_scale.engine.base import build_optimizer, parameter_groups, score, total_loss
+from flm_scale.engine.base import build_optimizer, keep_freed_memory, parameter_groups, score, total_loss
 from flm_scale.model.assemble import VisionLanguageModel, build_model
 from flm_scale.model.text import TextLayer, join_rows, split_rows
 from flm_scale.model.vision import named_sizes
@@ -60,6 +60,7 @@ class Variant:
 
 def main(sizes: list[Literal["demo", "b32-224", "b32-288"]] = ["demo", "b32-224", "b32-288"], *, pairs: int = 32, rounds: int = 3) -> None:  # noqa: B006
     """Print the tables. pairs: captions, each with its image, in a micro-step of the published sizes; the demo's has 64."""
+    keep_freed_memory()  # as the engines do
     CONSOLE.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, "
                   f"{time.strftime('%Y-%m-%d')}; {rounds} rounds")
     for size in sizes:

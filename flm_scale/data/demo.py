@@ -79,9 +79,11 @@ def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
     """
     dataset = open_dataset(folder)
     index = dataset.index("train")
-    train_tokenizer(chain.from_iterable(chain(index.captions, index.questions, index.answers)), vocab_size=vocab_size,
-                    model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
+    fresh = dataset.tokenizer_file.with_suffix(".new")
+    train_tokenizer(chain.from_iterable(chain(index.captions, index.questions, index.answers)), vocab_size=vocab_size, model_file=fresh)
+    tokenizer = Tokenizer(fresh)
+    dataset.drop_tokenizer()
+    fresh.replace(dataset.tokenizer_file)
     dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
     return f"{dataset.tokenizer_file}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:12]}"
 

@@ -58,8 +58,8 @@ class MicroBatches(Dataset[Batch]):
                 bad_keys.append(key)
             images.append(views if order.counts and key not in bad_keys else [without_targets(view) for view in views])
         state = pack(images, pixels)
-        return Batch(state, keys=tuple(self.index.keys[entry.image] for entry in order.entries), num_captions=len(state.lengths),
-                     num_tokens=len(state.ids), bad_keys=tuple(bad_keys),
+        return Batch(state, keys=tuple(self.index.keys[entry.image] for entry in order.entries),
+                     num_captions=sum(len(entry.captions) for entry in order.entries), num_tokens=len(state.ids), bad_keys=tuple(bad_keys),
                      part_counts=torch.bincount(state.target_parts, minlength=len(self.objective.parts)))
 
 

@@ -210,6 +210,10 @@ class Dataset:
             raise DataError(f"{self.folder} has no split '{split}'; choose one of {', '.join(self.splits)}")
         return Index(self.folder, self.manifest.splits[split].shards)
 
+    def drop_tokenizer(self) -> None:
+        """Register none, before tokenizer.model is replaced: a kill between the two files must leave a dataset that opens."""
+        self.manifest = self.manifest.model_copy(update={"tokenizer": None}).write(self.folder)
+
     def set_tokenizer(self, fingerprint: str, vocab_size: int) -> None:
         """Register the file tokenizer.model; the dataset gets a new root."""
         entry = TokenizerEntry(fingerprint=fingerprint, vocab_size=vocab_size)
@@ -249,7 +253,7 @@ def check_room(folder: Path, *, overwrite: bool = False) -> None:
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; choose a folder")
     present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if MANIFEST in present and not overwrite and UNFINISHED not in present:
+    if MANIFEST in present and not overwrite:
         raise DataError(f"{folder} holds another dataset; choose an empty folder, or overwrite it")
     if present and not present & {MANIFEST, UNFINISHED}:
         raise DataError(f"{folder} holds files that are not a dataset's ({min(present)}); choose an empty folder")

@@ -1,5 +1,7 @@
 """What every engine offers, and what engines share: the loss of a micro-batch, the optimizer, the learning rate."""
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from flm_scale.batch import Batch, LossSums, Scores, State, Term, part_weights
 from flm_scale.config import OptimConfig
 from flm_scale.errors import NonFiniteLossError
-from flm_scale.model.assemble import VisionLanguageModel, is_table
+from flm_scale.model.assemble import LayerList, is_table
+from flm_scale.model.parts import whole_size
+from flm_scale.parallel.mesh import Layout
 
 
 class Task(Protocol):
@@ -40,10 +44,15 @@ class Engine(Protocol):
     """Trains one model on one task. Every method but the properties is collective: all ranks call it."""
 
     rank: int
-    size: int
-    """Data-parallel processes."""
+    """This process among all; rank 0 writes."""
+    layout: Layout
+    data_index: int
+    """Which data-parallel replica this process belongs to."""
     device: torch.device
-
+    layers: nn.ModuleDict
+    """Those that this process holds."""
+    num_weights: int
+    """Of the whole model, however it is cut."""
     def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
         """Accumulate over this rank's micro-batches of the step (counted from 0) and update the weights."""
         ...
@@ -53,12 +62,26 @@ class Engine(Protocol):
         ...
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Return each value added up over all ranks."""
+        """Return each value added up over all data-parallel replicas."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
         """Return the whole model's weights on rank 0, in float32 on the CPU; elsewhere nothing."""
         ...
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees: taking large buffers from the system anew costs a CPU step up to a fifth of its time."""
+    trim_threshold, mmap_max = -1, -4  # glibc's names for the two: never give memory back, map no file for large blocks
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
+def count_weights(layers: nn.Module) -> int:
+    """Return the number of weights that these layers stand for: pieces count as the whole, a second copy of a tied table as nothing."""
+    return sum(whole_size(parameter) for parameter in layers.parameters() if not hasattr(parameter, "tied_to"))
 
 
 def score(model: nn.Module, state: State, task: Task) -> LossSums:
@@ -80,12 +103,12 @@ def check_finite(loss: float, *, step: int, batches: Sequence[Batch]) -> None:
                                  "optim.lr, set optim.clip_norm, or look at these samples")
 
 
-def parameter_groups(model: VisionLanguageModel, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: LayerList, config: OptimConfig) -> list[dict[str, Any]]:
     """Return the optimizer's groups: no decay on norms, biases and tables; pretrained weights at a share of the rate."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.layers.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in model.pretrained, is_table(name, parameter)), []).append(parameter)
+            groups.setdefault((name in model.pretrained, is_table(getattr(parameter, "tied_to", name), parameter)), []).append(parameter)
     return [{"params": parameters, "weight_decay": 0.0 if table else config.weight_decay, "lr": 0.0,
              "peak_lr": config.lr * (config.pretrained_lr_scale if pretrained else 1.0)}
             for (pretrained, table), parameters in sorted(groups.items(), key=lambda item: item[0])]

@@ -1,24 +1,31 @@
-"""Data-parallel training over many processes with ZeRO 0-3: the one door to DeepSpeed. gloo on CPU, NCCL on NVIDIA GPUs.
+"""Training over many processes: the one door to DeepSpeed. gloo on CPU, NCCL on NVIDIA GPUs.
 
+ZeRO 1 runs DeepSpeed's pipeline engine, at one stage too; ZeRO 0, 2 and 3 its plain engine. Either takes tensor-parallel layers.
 Losses, gradients and weights are those of engine/local.py for the same global batch, however it is split over processes.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from flm_scale.batch import Batch, LossSums
+from flm_scale.batch import Batch, LossSums, Scores, State
 from flm_scale.config import Run, micro_steps
 from flm_scale.engine.base import (
     StepResult,
     Task,
     build_optimizer,
     check_finite,
+    count_weights,
+    keep_freed_memory,
     lr_factor,
     parameter_groups,
     score,
@@ -26,41 +33,132 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
-from flm_scale.model.assemble import VisionLanguageModel
-from flm_scale.parallel.mesh import find_ranks
+from flm_scale.model.assemble import TIED_WITH, VisionLanguageModel, layer_builders, pretrained_names, run_layers, tie
+from flm_scale.model.parts import Parts, PlainParts
+from flm_scale.objectives.objective import Objective
+from flm_scale.parallel.mesh import Layout, find_layout, find_ranks
+
+if not torch.cuda.is_available():  # read when DeepSpeed is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.schedule import OptimizerStep
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+    from deepspeed.utils import safe_get_full_fp32_param
+
+MICRO_BATCHES_PER_EVALUATION = 8
+"""Micro-batches of an evaluation that a pipeline takes at once; their pictures are in memory together."""
 
 
-class DeepSpeedEngine:
-    """DeepSpeed's plain engine around the model."""
+class _Processes:
+    """What both engines share: this process's place, sums over replicas, and gathered weights."""
 
-    def __init__(self, run: Run, model: VisionLanguageModel, task: Task) -> None:
+    def __init__(self, run: Run, task: Task) -> None:
         ranks, missing = find_ranks(os.environ)
         os.environ.update(missing)
-        on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed 0.19 calls two collectives by names that torch 2.13 wants to rename.
         warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
-        import deepspeed
-
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.run, self.task, self.rank, self.size = run, task, ranks.rank, ranks.size
+        on_gpu = torch.cuda.is_available()
+        self.run, self.task, self.rank = run, task, ranks.rank
+        self.layout = find_layout(run.parallel, world_size=ranks.size)
+        self.data_index, self.data_size = self.layout.data_index(ranks.rank), self.layout.data
         self.device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        config = merge_deepspeed(read_template(run.parallel.zero), run, data_parallel_size=self.size)
+        else:
+            keep_freed_memory()
+        self.config = merge_deepspeed(read_template(run.parallel), run, data_parallel_size=self.data_size)
+        self.averaged_away = micro_steps(run.batch, data_parallel_size=self.data_size) * self.data_size
+        """DeepSpeed averages over micro-steps and ranks; our loss is already a share of the global one, so that is multiplied back."""
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-        groups = parameter_groups(model, run.optim)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=groups, optimizer=build_optimizer(groups, run.optim), config=config)
-        self.model = model
+        self.parts: Parts = PlainParts()
+        self.tensor_group: dist.ProcessGroup | None = None
+        if self.layout.tensor > 1:
+            from flm_scale.parallel import tensor
+
+            tensor.start_groups(self.layout)
+            self.tensor_group = tensor.tensor_group()
+            self.parts = tensor.TensorParts(self.tensor_group, shares_images=run.parallel.vision == "shard_batch")
+        self.data_group: dist.ProcessGroup | None = None
+        self.layers, self.num_weights = nn.ModuleDict(), 0
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Return each value added up over all data-parallel replicas."""
+        return self._sum_over_replicas(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return float32 weights by name on rank 0, gathered from every shard and every stage."""
+        return self.gathered(self._full_precision)
+
+    def gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Return something of every weight (itself, its gradient) by name on rank 0, whole, in float32 on the CPU. Collective."""
+        whole = {}
+        for name, parameter in self.layers.named_parameters():
+            value = value_of(parameter)
+            if self.tensor_group is not None:
+                from flm_scale.parallel.tensor import join_shards
+
+                value = join_shards(value, parameter, self.tensor_group)
+            if self.data_index == 0 and not hasattr(parameter, "tied_to"):
+                whole[name] = value.detach().float().cpu().clone()
+        if self.layout.pipe == 1:
+            return whole if self.rank == 0 else {}
+        mine = whole if self.rank == self.layout.rank(stage=self.layout.stage(self.rank), data_index=0, tensor_index=0) else {}
+        stages: list[dict[str, Tensor] | None] = [None] * self.layout.size
+        dist.gather_object(mine, stages if self.rank == 0 else None)
+        return {name: tensor for stage in stages if stage for name, tensor in stage.items()}
+
+    def _full_precision(self, parameter: nn.Parameter) -> Tensor:
+        # Collective where the parameter is sharded. Frozen ones have no float32 master.
+        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                full = parameter.detach().clone()
+        return full
+
+    def _counts(self, batches: Sequence[Batch]) -> Tensor:
+        """Return the targets of each part in the whole global batch."""
+        return self._sum_over_replicas(torch.stack([batch.part_counts for batch in batches]).sum(0).to(self.device))
+
+    def _add_up(self, sums: list[LossSums]) -> LossSums:
+        table = torch.stack([torch.stack([s.loss, s.correct, s.count]) for s in sums]).sum(0)
+        return LossSums(*self._sum_over_replicas(table))
+
+    def _sum_over_replicas(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def _initialize(self, module: nn.Module, groups: list[dict[str, Any]], **more: Any) -> Any:  # noqa: ANN401 - DeepSpeed's classes
+        return deepspeed.initialize(model=module, model_parameters=groups, optimizer=build_optimizer(groups, self.run.optim),
+                                    config=self.config, **more)[0]
+
+
+class PlainDeepSpeedEngine(_Processes):
+    """DeepSpeed's plain engine around the whole layer list."""
+
+    def __init__(self, run: Run, task: Objective) -> None:
+        super().__init__(run, task)
+        layers = {name: build() for name, build in layer_builders(run, task, self.parts).items()}
+        if run.text.tied:
+            tie(layers)
+        model = VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers))
+        self.layers, self.num_weights = model.layers, count_weights(model.layers)
+        more = {}
+        if self.tensor_group is not None:
+            from flm_scale.parallel.tensor import data_group
+
+            self.data_group = data_group()
+            more["mpu"] = _Mpu(self.tensor_group, self.data_group)
+        self.engine = self._initialize(model, parameter_groups(model, run.optim), **more)
 
     def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
         """Accumulate, check, clip, update."""
-        counts = self._all_reduce(torch.stack([batch.part_counts for batch in batches]).sum(0).to(self.device))
-        lr = set_lr(self.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
-        # DeepSpeed averages over micro-steps and ranks; our loss is already a share of the global one, so that is multiplied back.
-        averaged_away = micro_steps(self.run.batch, data_parallel_size=self.size) * self.size
+        counts = self._counts(batches)
+        lr = set_lr(self.engine.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
         sums = []
         for batch in batches:
             micro = score(self.engine, batch.state.to(self.device), self.task)
@@ -70,7 +168,7 @@ class DeepSpeedEngine:
                 whole = self._add_up(sums)
                 loss = float(total_loss(whole, self.task, counts))
                 check_finite(loss, step=step, batches=batches)
-            self.engine.backward(total_loss(micro, self.task, counts) * averaged_away)
+            self.engine.backward(total_loss(micro, self.task, counts) * self.averaged_away)
             # ZeRO 0 keeps no norm, but there every rank has the summed gradients until the step.
             norm = self._gradient_norm() if batch is batches[-1] and self.run.parallel.zero == 0 else 0.0
             self.engine.step()
@@ -79,43 +177,159 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
-        """Score this rank's share; sum over ranks."""
+        """Score this replica's share; sum over replicas."""
         self.engine.eval()
         sums = [score(self.engine, batch.state.to(self.device), self.task) for batch in batches]
         self.engine.train()
         return self._add_up(sums)
 
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """Return each value added up over all ranks."""
-        return self._all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return float32 weights by name on rank 0, gathered from every rank's shard."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weights = {}
-        for name, parameter in self.model.layers.named_parameters():
-            # Collective where the parameter is sharded. Frozen ones have no float32 master.
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if full is None:
-                full = self._gathered(parameter)
-            if self.rank == 0:
-                weights[name] = full.detach().float().cpu().clone()
-        return weights
-
     def _gradient_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self.layers.parameters() if p.grad is not None]))
 
-    def _gathered(self, parameter: Tensor) -> Tensor:
-        import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+class _Mpu:
+    """What DeepSpeed's plain engine asks of a model-parallel unit; for it model parallel is tensor parallel."""
 
-    def _add_up(self, sums: list[LossSums]) -> LossSums:
-        table = torch.stack([torch.stack([s.loss, s.correct, s.count]) for s in sums]).sum(0)
-        return LossSums(*self._all_reduce(table))
+    def __init__(self, tensor_group: dist.ProcessGroup, data_group: dist.ProcessGroup) -> None:
+        for name, group in (("model", tensor_group), ("tensor_model", tensor_group), ("data", data_group)):
+            setattr(self, f"get_{name}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{name}_parallel_rank", lambda group=group: dist.get_rank(group))
+            setattr(self, f"get_{name}_parallel_world_size", lambda group=group: dist.get_world_size(group))
 
-    def _all_reduce(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
-        return tensor
+
+class PipelineDeepSpeedEngine(_Processes):
+    """DeepSpeed's pipeline engine over the layer list, cut into stages."""
+
+    def __init__(self, run: Run, task: Objective, *, bounds: Sequence[int]) -> None:
+        """bounds: the stages' first layers by their place in the list, and the list's length behind them."""
+        super().__init__(run, task)
+        self.sums: list[LossSums] = []
+        """Of the micro-batches that this rank, on the last stage, has scored."""
+        stage = _Stage(run, layer_builders(run, task, self.parts), bounds, self.layout, self._score_labelled)
+        self.layers, grid = stage.layers, stage.mpu()
+        self.data_group, self.pipe_group = grid.get_data_parallel_group(), grid.get_pipe_parallel_group()
+        if self.tensor_group is not None:
+            from flm_scale.parallel.tensor import data_group
+
+            for theirs, ours in ((self.tensor_group, grid.get_slice_parallel_group()), (data_group(), self.data_group)):
+                assert dist.get_process_group_ranks(theirs) == dist.get_process_group_ranks(ours), "megatron-core and DeepSpeed order ranks alike"
+        counts = torch.tensor([count_weights(self.layers)], device=self.device)
+        dist.all_reduce(counts, group=self.pipe_group)
+        self.num_weights = int(counts)
+        self.last_stage_rank = grid.stage_to_global(self.layout.pipe - 1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.engine = self._initialize(stage, parameter_groups(stage, run.optim))
+        # Between the gradients and the update; DeepSpeed looks the instruction's method up here.
+        take_step = self.engine._INSTRUCTION_MAP[OptimizerStep]  # noqa: SLF001
+
+        def check_and_step(engine: PipelineEngine) -> None:
+            self._check()
+            take_step(engine)
+
+        self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: check_and_step}  # noqa: SLF001
+
+    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
+        """Run the pipeline over the micro-batches, check, clip, update."""
+        counts = self._counts(batches)
+        lr = set_lr(self.engine.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
+        seen: list[tuple[LossSums, float]] = []
+
+        def check() -> None:
+            whole = self._add_up_everywhere()
+            seen.append((whole, float(total_loss(whole, self.task, counts))))
+            # On every rank, or on none: so no rank is left waiting for one that has stopped.
+            check_finite(seen[0][1], step=step, batches=batches)
+
+        self._check, self.sums = check, []
+        self.engine.train_batch(self._labelled(batches, counts))
+        return StepResult(*seen[0], float(self.engine.get_global_grad_norm()), lr)
+
+    def evaluate(self, batches: Iterable[Batch]) -> LossSums:
+        """Score this replica's share; sum over replicas."""
+        self.sums, remaining = [], iter(batches)
+        while some := list(islice(remaining, MICRO_BATCHES_PER_EVALUATION)):
+            self.engine.eval_batch(self._labelled(some, self._counts(some)), reduce_output=None, bcast_loss=False, num_micro_batches=len(some))
+        return self._add_up_everywhere()
+
+    @staticmethod
+    def _labelled(batches: Sequence[Batch], counts: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+        """Yield what the first stage reads and what the last one needs to score it."""
+        for batch in batches:
+            yield batch.state.packed(), (batch.state.target_parts, counts)
+
+    def _score_labelled(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+        target_parts, counts = labels
+        micro = LossSums.by_part(Scores(*outputs), target_parts, num_parts=len(self.task.parts))
+        self.sums.append(LossSums(micro.loss.detach(), micro.correct, micro.count))
+        return total_loss(micro, self.task, counts) * self.averaged_away
+
+    def _add_up_everywhere(self) -> LossSums:
+        """Return the last stage's sums over all replicas, on every stage."""
+        nothing = torch.zeros(len(self.task.parts), device=self.device)
+        whole = self._add_up(self.sums or [LossSums(nothing, nothing, nothing)])
+        table = torch.stack([whole.loss, whole.correct, whole.count])
+        dist.broadcast(table, self.last_stage_rank, group=self.pipe_group)
+        return LossSums(*table)
+
+
+class _BuiltLayer(LayerSpec):  # type: ignore[misc]
+    """A layer that is built on the ranks of its own stage only."""
+
+    def __init__(self, build: Callable[[], nn.Module]) -> None:
+        super().__init__(nn.Module)
+        self.build_layer = build
+
+    def build(self, log: bool = False) -> nn.Module:  # noqa: ARG002 - DeepSpeed's signature
+        return self.build_layer()
+
+
+class _Stage(PipelineModule):  # type: ignore[misc]
+    """The run of the layer list that this rank holds. One float tensor and one of integers go from stage to stage."""
+
+    def __init__(self, run: Run, builders: dict[str, Callable[[], nn.Module]], bounds: Sequence[int], layout: Layout,
+                 score_labelled: Callable[[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], Tensor]) -> None:
+        self.bounds, self.names, self.recompute = list(bounds), list(builders), run.recompute
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__([_BuiltLayer(build) for build in builders.values()], loss_fn=score_labelled, dynamic_shape=True,
+                             topology=PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data))
+        first, last = self.bounds[self.stage_id], self.bounds[self.stage_id + 1]
+        self.layers = nn.ModuleDict(dict(zip(self.names[first:last], self.forward_funcs, strict=True)))
+        self.pretrained = pretrained_names(run, dict(self.layers.items()))
+        self.ties: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+        if run.text.tied:
+            self._tie(layout)
+
+    def forward(self, packed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Run this stage's layers; the last stage gives (loss, correct), others what the next stage reads."""
+        head = dict(self.layers.items()).get("head")
+        state = run_layers((layer for layer in self.layers.values() if layer is not head), State.unpack(*packed), recompute=self.recompute)
+        scores: tuple[Tensor, Tensor] = state.packed() if head is None else head(state)
+        return scores
+
+    def _partition_layers(self, method: str = "") -> None:  # noqa: ARG002 - the stages are cut by cost, outside
+        self.parts = self.bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
+        """Return the weights whose gradients DeepSpeed sums over stages."""
+        return self.ties
+
+    def _tie(self, layout: Layout) -> None:
+        """Share the embedding table with the decoder; where two stages hold a copy each, let their gradients be summed."""
+        tie(dict(self.layers.items()))
+        copy, table = next(iter(TIED_WITH.items()))
+        owners = [next(stage for stage in range(layout.pipe) if place < self.bounds[stage + 1])
+                  for place in (self.names.index(name.split(".", 1)[0]) for name in (table, copy))]
+        if owners[0] == owners[1]:
+            return
+        for data_index in range(layout.data):
+            for tensor_index in range(layout.tensor):
+                ranks = [layout.rank(stage=stage, data_index=data_index, tensor_index=tensor_index) for stage in owners]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    weight = self.layers.get_parameter(table if self.stage_id == owners[0] else copy)
+                    self.ties.append((weight, group))
+        if self.stage_id == owners[1]:
+            # The optimizer and the gradient norm treat it as what it is: the table, counted once.
+            weight.tied_to, weight.ds_pipe_replicated = table, True  # type: ignore[attr-defined]

@@ -7,21 +7,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flm_scale.config import Run, micro_steps
+from flm_scale.config import ParallelConfig, Run, micro_steps
 from flm_scale.errors import ConfigError, did_you_mean
 
 TEMPLATES = Path(__file__).parents[2] / "ds_configs"
 
-KNOWN_KEYS = {"zero_optimization", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
+KNOWN_KEYS = {"zero_optimization", "pipeline", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
               "communication_data_type", "zero_force_ds_cpu_optimizer", "disable_allgather", "sparse_gradients", "data_types"}
 RUN_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer",
              "scheduler", "fp16", "bf16", "torch_autocast", "steps_per_print", "prescale_gradients", "gradient_predivide_factor",
              "gradient_allreduce_op")
 
 
-def read_template(stage: int) -> dict[str, Any]:
-    """Return the template of a ZeRO stage. Raises ConfigError when it is missing or not JSON."""
-    path = TEMPLATES / f"zero{stage}.json"
+def read_template(parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the template that the config names, or else that of its ZeRO stage. Raises ConfigError when it is missing or not JSON."""
+    name = parallel.template or ("zero1-pipeline" if parallel.pipe > 1 else f"zero{parallel.zero}")
+    path = TEMPLATES / f"{name}.json"
+    if not path.is_file():
+        known = sorted(template.stem for template in TEMPLATES.glob("*.json"))
+        raise ConfigError(f"parallel.template: no '{name}' in ds_configs/{did_you_mean(name, known)} (there is: {', '.join(known)})")
     try:
         template: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:

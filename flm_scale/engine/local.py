@@ -12,6 +12,8 @@ from flm_scale.engine.base import (
     Task,
     build_optimizer,
     check_finite,
+    count_weights,
+    keep_freed_memory,
     lr_factor,
     parameter_groups,
     score,
@@ -19,17 +21,21 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.parallel.mesh import Layout
 
 
 class LocalEngine:
     """Trains on one device. In bf16 the model computes in bf16 while the optimizer keeps float32 masters and sums of gradients."""
 
-    rank, size = 0, 1
+    rank, data_index, layout = 0, 0, Layout(1, 1, 1)
 
     def __init__(self, run: Run, model: VisionLanguageModel, task: Task) -> None:
         self.run, self.task = run, task
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device)
+        self.layers, self.num_weights = model.layers, count_weights(model.layers)
         groups = parameter_groups(self.model, run.optim)
         self.weights_in_model: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         if run.precision == "bf16":

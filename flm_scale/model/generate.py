@@ -96,7 +96,7 @@ class CachedDecoder:
         self.past: dict[str, tuple[Tensor, Tensor]] = {}
         """Keys and values [N*B, positions, H, d] of each layer."""
 
-    def step(self, ids: Int[Tensor, " N*B"]) -> Float[Tensor, "N*B V"]:
+    def step(self, ids: Int[Tensor, " NB"]) -> Float[Tensor, "NB V"]:
         """Read the next token of every beam and return the logits of the one behind it."""
         entry, fusion_entry = cast("TextEntry", self.model.layers["text_entry"]), cast("FusionEntry", self.model.layers["fusion_entry"])
         rows = entry.norm(entry.tokens(ids) + entry.positions.weight[self.position])

@@ -50,7 +50,7 @@ class Mlp(nn.Module):
         self.up = parts.column_linear(width, 4 * width)
         self.down = parts.row_linear(4 * width, width)
 
-    def forward(self, rows: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
+    def forward(self, rows: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
         """Each row by itself."""
         out: Tensor = self.down(F.gelu(self.up(rows)))
         return out

@@ -4,10 +4,11 @@ Model code asks a `Parts` object for them. `PlainParts` gives torch's own, the s
 that hold 1/num_shards of the weights and whose results are the same.
 """
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F  # noqa: N812 - the name everyone knows
@@ -16,11 +17,39 @@ TARGETS_PER_CHUNK = 1024
 """Rows whose logits exist at once: at a vocabulary of 50,000 in float32, 200 MB."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Which piece of a whole weight a parameter is. A parameter without the attribute `shard` is whole."""
+
+    dim: int
+    index: int
+    count: int
+    size: int
+    """Length of the whole weight along `dim`; the pieces are equal, so the last may end with rows that stand for nothing."""
+
+    @property
+    def start(self) -> int:
+        """First index of the whole weight that is in this piece."""
+        return self.index * -(-self.size // self.count)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """Return which piece of a weight this is; None for a whole one."""
+    return getattr(parameter, "shard", None)
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Return the number of values of the weight that this is a piece of."""
+    shard = shard_of(parameter)
+    return parameter.numel() if shard is None else parameter.numel() // parameter.shape[shard.dim] * shard.size
+
+
+@runtime_checkable
 class Parts(Protocol):
     """Maker of the blocks that may be sharded."""
 
     num_shards: int
-    """Pieces that attention heads and hidden units are cut into; this process holds one."""
+    """Pieces that attention heads, hidden units and the vocabulary are cut into; this process holds one."""
 
     def column_linear(self, size_in: int, size_out: int) -> nn.Module:
         """Linear whose output features are split over the shards."""
@@ -36,6 +65,18 @@ class Parts(Protocol):
 
     def decoder(self, size: int, num_rows: int) -> nn.Module:
         """From vectors to tokens: `forward(rows, target_ids)` scores targets, `logits(rows)` gives all logits."""
+        ...
+
+    def share_of_images(self, pixels: UInt8[Tensor, "N 3 height width"]) -> UInt8[Tensor, "n 3 height width"]:
+        """The images that this process encodes: all, or its share."""
+        ...
+
+    def join_images(self, rows: Float[Tensor, "rows D"], num_rows: int) -> Float[Tensor, "N*I D"]:
+        """The rows of all images, `num_rows` of them, from every process's share."""
+        ...
+
+    def sum_image_gradients(self, layer: nn.Module) -> None:
+        """Make the gradients of a vision layer whole where each process encodes a share."""
         ...
 
 
@@ -60,23 +101,50 @@ class PlainParts:
         """Return a decoder with the whole vocabulary."""
         return Decoder(size, num_rows)
 
+    def share_of_images(self, pixels: UInt8[Tensor, "N 3 height width"]) -> UInt8[Tensor, "N 3 height width"]:
+        """Return all images."""
+        return pixels
+
+    def join_images(self, rows: Float[Tensor, "rows D"], num_rows: int) -> Float[Tensor, "rows D"]:  # noqa: ARG002 - they are all here
+        """Return the rows."""
+        return rows
+
+    def sum_image_gradients(self, layer: nn.Module) -> None:
+        """Do nothing: the gradients are whole."""
+
 
 class Decoder(nn.Module):
-    """Linear to the vocabulary with a chunked cross-entropy."""
+    """Linear to the vocabulary with a chunked cross-entropy. Sharded kinds hold some of the vocabulary and combine over the shards."""
+
+    first_id = 0
+    """The vocabulary's row that the first row held here stands for."""
 
     def __init__(self, size: int, num_rows: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, size))
         self.bias = nn.Parameter(torch.empty(num_rows))
+        self.num_ids = num_rows
+        """Rows that stand for a token; those behind them never win probability."""
 
     def forward(self, rows: Float[Tensor, "R D"], target_ids: Int[Tensor, " R"]) -> tuple[Float[Tensor, " R"], Bool[Tensor, " R"]]:
         """Return each target's cross-entropy in nats (float32) and whether it is the most likely token."""
-        loss, correct = _ChunkedCrossEntropy.apply(rows, self.weight, self.bias, target_ids)
+        loss, correct = _ChunkedCrossEntropy.apply(rows, self.weight, self.bias, target_ids, self)
         return loss, correct
 
     def logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
         """Return all logits in float32, for generation and pictures of what the model thinks."""
         return F.linear(rows, self.weight, self.bias).float()
+
+    def local_logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R v"]:
+        """Return the logits in float32 of the rows held here."""
+        logits = F.linear(rows, self.weight, self.bias).float()
+        if self.num_ids < len(self.weight):
+            logits[:, self.num_ids:] = -torch.inf
+        return logits
+
+    def combine(self, tensor: Tensor, how: Literal["sum", "max", "min"]) -> Tensor:  # noqa: ARG002 - sharded kinds need it
+        """Return the tensor combined over the shards of the vocabulary; here there is one."""
+        return tensor
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -87,36 +155,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor, target_ids: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:
         loss = torch.empty(len(rows), device=rows.device)
         correct = torch.empty(len(rows), dtype=torch.bool, device=rows.device)
         top, total = torch.empty_like(loss), torch.empty_like(loss)
+        held, column = _held_here(target_ids, decoder)
         exponentials = None
         for chunk in _chunks(len(rows)):
-            logits, targets = F.linear(rows[chunk], weight, bias).float(), target_ids[chunk]
-            top[chunk], likeliest = logits.max(-1)
-            correct[chunk] = likeliest == targets
-            picked = logits.gather(-1, targets[:, None])[:, 0]
-            exponentials = _exponentials(logits, top[chunk])
-            total[chunk] = exponentials.sum(-1)
+            logits = decoder.local_logits(rows[chunk])
+            largest, likeliest = logits.max(-1)
+            top[chunk] = decoder.combine(largest.clone(), "max")
+            # Of equally likely tokens the first one counts, in every layout.
+            likeliest = torch.where(largest == top[chunk], likeliest + decoder.first_id, torch.iinfo(torch.long).max)
+            correct[chunk] = decoder.combine(likeliest, "min") == target_ids[chunk]
+            picked = logits.gather(-1, column[chunk])[:, 0].where(held[chunk], 0)
+            exponentials = logits.sub_(top[chunk, None]).exp_()
+            total[chunk], picked = decoder.combine(torch.stack([exponentials.sum(-1), picked]), "sum")
             loss[chunk] = total[chunk].log() + top[chunk] - picked
         ctx.save_for_backward(rows, weight, bias, target_ids, top, total)
-        ctx.last_exponentials = exponentials  # type: ignore[attr-defined]
+        ctx.decoder, ctx.last_exponentials = decoder, exponentials  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad_loss: Tensor, _grad_correct: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         rows, weight, bias, target_ids, top, total = ctx.saved_tensors  # type: ignore[attr-defined]
+        decoder = ctx.decoder  # type: ignore[attr-defined]
+        exponentials, ctx.last_exponentials = ctx.last_exponentials, None  # type: ignore[attr-defined]
+        held, column = _held_here(target_ids, decoder)
         grad_rows = torch.empty_like(rows)
-        grad_weight, grad_bias = None, None
-        kept, ctx.last_exponentials = ctx.last_exponentials, None  # type: ignore[attr-defined]
+        grad_weight = grad_bias = None
         for chunk in reversed(_chunks(len(rows))):
             # None again after the first chunk, and when this backward pass is not the first over its graph.
-            exponentials = _exponentials(F.linear(rows[chunk], weight, bias).float(), top[chunk]) if kept is None else kept
-            kept = None
+            if exponentials is None:
+                exponentials = decoder.local_logits(rows[chunk]).sub_(top[chunk, None]).exp_()
             grad_logits = exponentials.mul_((grad_loss[chunk] / total[chunk])[:, None])
-            grad_logits[torch.arange(len(grad_logits), device=rows.device), target_ids[chunk]] -= grad_loss[chunk]
+            exponentials = None
+            grad_logits.scatter_add_(1, column[chunk], torch.where(held[chunk], -grad_loss[chunk], 0)[:, None])
             chunk_bias = grad_logits.sum(0)
             grad_logits = grad_logits.to(rows.dtype)
             grad_rows[chunk] = grad_logits @ weight
@@ -125,12 +200,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_weight = chunk_weight if grad_weight is None else grad_weight.add_(chunk_weight)
             grad_bias = chunk_bias if grad_bias is None else grad_bias.add_(chunk_bias)
         if grad_weight is None or grad_bias is None:
-            return grad_rows, torch.zeros_like(weight), torch.zeros_like(bias), None
-        return grad_rows, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None
+            return grad_rows, torch.zeros_like(weight), torch.zeros_like(bias), None, None
+        return decoder.combine(grad_rows, "sum"), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, None
 
 
-def _exponentials(logits: Float[Tensor, "R V"], top: Float[Tensor, " R"]) -> Float[Tensor, "R V"]:
-    return logits.sub_(top[:, None]).exp_()
+def _held_here(target_ids: Int[Tensor, " R"], decoder: Decoder) -> tuple[Bool[Tensor, " R"], Int[Tensor, "R 1"]]:
+    """Return whether each target's row is held here, and its column among the local logits (any column where it is not)."""
+    column = target_ids - decoder.first_id
+    return (column >= 0) & (column < decoder.num_ids), column.clamp(0, len(decoder.weight) - 1)[:, None]
 
 
 def _chunks(num_rows: int) -> list[slice]:

@@ -24,7 +24,7 @@ class ReconstructorLayer(nn.Module):
         self.mlp_norm, self.mlp = nn.LayerNorm(config.width), Mlp(config.width, parts)
 
     def forward(self, queries: Float[Tensor, "Q D"], text: Float[Tensor, "S T D"], state: State,
-                visible: Bool[Tensor, "C Lq 2*L"]) -> Float[Tensor, "Q D"]:
+                visible: Bool[Tensor, "C Lq positions"]) -> Float[Tensor, "Q D"]:
         """text: what the streams' layer of the same depth gave out."""
         memory = self.memory_norm(text)
         queries = add_residual(queries, self.span_norm, lambda q: self.span_attention(

@@ -1,11 +1,11 @@
-"""The vision tower, cut into entries of the layer list. The one door to open_clip, whose blocks it uses as they are.
+"""The vision tower, cut into entries of the layer list. The one door to open_clip and to timm inside it, whose blocks it uses as they are.
 
-Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first.
+Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,35 @@ from torch import Tensor, nn
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
-
-if TYPE_CHECKING:
-    from open_clip.transformer import VisionTransformer
+from flm_scale.model.parts import Parts, PlainParts
 
 Colour = Sequence[float]
+
+
+class Tower(NamedTuple):
+    """What the layer list takes of a plain ViT, whoever built it: no pooling, no head."""
+
+    patches: nn.Conv2d
+    class_embedding: Tensor | None
+    """[width]; SigLIP has none."""
+    positional_embedding: Tensor
+    """[I, width]"""
+    first_norm: nn.Module
+    blocks: list[nn.Module]
+    last_norm: nn.Module | None
+    """None where the tower's weights hold no norm of single tokens."""
+    rope: Tensor | None
+    """[patches, 2 * width of a head] sines and cosines of EVA's rotary positions, which every block applies."""
 
 
 class VisionEntry(nn.Module):
     """Pixels to patch tokens: normalise, patch projection, class token, positions."""
 
-    def __init__(self, tower: "VisionTransformer", *, mean: Colour, std: Colour) -> None:
+    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour) -> None:
         """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with."""
         super().__init__()
-        self.patches, self.norm = tower.conv1, tower.ln_pre
+        self.share = parts.share_of_images
+        self.patches, self.norm = tower.patches, tower.first_norm
         self.class_embedding = tower.class_embedding
         if tower.positional_embedding.requires_grad:
             self.positional_embedding = tower.positional_embedding
@@ -39,106 +54,174 @@ class VisionEntry(nn.Module):
         dtype, shape = self.patches.weight.dtype, (1, 3, 1, 1)
         mean, std = (torch.tensor(values, device=pixels.device).view(shape) for values in (self.mean, self.std))
         tokens = self.patches(((pixels.float() / 255 - mean) / std).to(dtype)).flatten(2).transpose(1, 2)
-        first = self.class_embedding.to(dtype).expand(len(tokens), 1, -1)
-        embedded: Tensor = self.norm(torch.cat([first, tokens], dim=1) + self.positional_embedding.to(dtype))
+        if self.class_embedding is not None:
+            tokens = torch.cat([self.class_embedding.to(dtype).expand(len(tokens), 1, -1), tokens], dim=1)
+        embedded: Tensor = self.norm(tokens + self.positional_embedding.to(dtype))
         return embedded.flatten(0, 1)
 
     def forward(self, state: State) -> State:
-        """State with pixels in, with image rows out."""
-        return state._replace(rows=self.embed(state.rows))
+        """State with pixels in, with image rows out: of all images, or of this shard's."""
+        return state._replace(rows=self.embed(self.share(state.rows)))
 
 
 class VisionBlock(nn.Module):
     """One of the tower's transformer blocks."""
 
-    def __init__(self, block: nn.Module) -> None:
+    rope: Tensor | None
+
+    def __init__(self, block: nn.Module, *, image_tokens: int, rope: Tensor | None = None) -> None:
+        """image_tokens: I.   rope: as in Tower. Every block holds it, because rows are all that one layer hands to the next."""
         super().__init__()
-        self.block = block
+        self.block, self.image_tokens = block, image_tokens
+        self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, state: State) -> State:
         """Image rows [N*I, width] in and out."""
-        images = state.rows.unflatten(0, (len(state.image_slots), -1))
-        return state._replace(rows=self.block(images).flatten(0, 1))
+        images = state.rows.unflatten(0, (-1, self.image_tokens))
+        images = self.block(images) if self.rope is None else self.block(images, rope=self.rope)
+        return state._replace(rows=images.flatten(0, 1))
 
 
 class VisionExit(nn.Module):
     """The tower's last norm, the projection into the text width, and the vector that marks image rows."""
 
-    def __init__(self, tower: "VisionTransformer", *, text_width: int) -> None:
+    def __init__(self, tower: Tower, parts: Parts, *, text_width: int) -> None:
         super().__init__()
-        width = tower.conv1.out_channels
-        # Behind an attention pooler the tower's own norm has another width and never saw single tokens.
-        self.norm = tower.ln_post if tower.attn_pool is None else nn.LayerNorm(width)
+        self.join, self.image_tokens = parts.join_images, len(tower.positional_embedding)
+        width = tower.patches.out_channels
+        self.norm = nn.Identity() if tower.last_norm is None else tower.last_norm
+        self.fresh_norm = nn.LayerNorm(width) if tower.last_norm is None else nn.Identity()
         self.projection, self.kind = nn.Linear(width, text_width), nn.Embedding(1, text_width)
 
     def forward(self, state: State) -> State:
         """Image rows [N*I, width] in, [N*I, D] out."""
         marks = torch.zeros(len(state.rows), dtype=torch.long, device=state.rows.device)
-        return state._replace(rows=self.projection(self.norm(state.rows)) + self.kind(marks))
+        rows = self.projection(self.fresh_norm(self.norm(state.rows))) + self.kind(marks)
+        return state._replace(rows=self.join(rows, len(state.image_slots) * self.image_tokens))
 
 
-def named_sizes(name: str) -> dict[str, Any]:
-    """Return open_clip's 'vision_cfg' of a model. Raises ConfigError for a name that is not one of its own ViTs."""
+def named_sizes(name: str) -> dict[str, int]:
+    """Return the sizes that observe.cost.vision_shape wants, of an open_clip model. Raises ConfigError for a name that is not a plain ViT."""
     import open_clip
 
     known = open_clip.list_models()
     if name not in known:
         raise ConfigError(f"vision.name: open_clip has no model '{name}'{did_you_mean(name, known)}")
-    sizes: dict[str, Any] = open_clip.get_model_config(name)["vision_cfg"]
-    if "timm_model_name" in sizes or not isinstance(sizes["layers"], int):
-        raise ConfigError(f"vision.name: '{name}' is not one of open_clip's own ViTs; choose one such as ViT-B-32 or ViT-L-14")
-    return sizes
+    with torch.device("meta"):
+        tower = _parts(_fresh_tower(open_clip.get_model_config(name)))
+    if tower is None:
+        raise ConfigError(f"vision.name: '{name}' is not a plain ViT; choose one such as ViT-B-32, ViT-B-16-SigLIP or EVA02-B-16")
+    return {"width": tower.patches.out_channels, "layers": len(tower.blocks), "patch_size": tower.patches.kernel_size[0],
+            "prefix_tokens": int(tower.class_embedding is not None),
+            "block_weights": sum(weight.numel() for weight in tower.blocks[0].parameters() if weight.ndim == 2)}
 
 
 def colours(config: OpenClipVisionConfig | SmallVisionConfig) -> tuple[Colour, Colour]:
-    """Return mean and deviation of the colours that the tower's weights were trained with: those of its tag, OpenAI's by default."""
+    """Return mean and deviation of the colours that the tower's weights were trained with: those of its tag, OpenAI's by default.
+
+    Of a local file it is those of the model's first tag: the tags of a model agree, but for one of ViT-L-14's.
+    """
     import open_clip
 
-    tag = open_clip.get_pretrained_cfg(config.name, config.pretrained) if isinstance(config, OpenClipVisionConfig) and config.pretrained else {}
+    tag = {}
+    if isinstance(config, OpenClipVisionConfig):
+        tags = open_clip.list_pretrained_tags_by_model(config.name)
+        tag = open_clip.get_pretrained_cfg(config.name, config.pretrained if config.pretrained in tags else next(iter(tags), ""))
     return tag.get("mean", open_clip.OPENAI_DATASET_MEAN), tag.get("std", open_clip.OPENAI_DATASET_STD)
 
 
-def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width: int, load_pretrained: bool = True) -> list[nn.Module]:
+def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width: int, parts: Parts | None = None,
+                 load_pretrained: bool = True) -> list[nn.Module]:
     """Return the tower's layers, with pretrained weights when the config names some (and they are not about to be replaced by a run's own).
 
     Raises ConfigError for a name that is not one of open_clip's ViTs, CheckpointError for weights that cannot be had or do not fit.
     """
-    tower = _small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config, load_pretrained=load_pretrained)
+    tower = _parts(_small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config, load_pretrained=load_pretrained))
+    assert tower is not None, "named_sizes refuses what is not a ViT"
     mean, std = colours(config)
-    blocks = list(tower.transformer.resblocks)
-    if config.output == "penultimate":
-        blocks.pop()
-    layers = [VisionEntry(tower, mean=mean, std=std), *map(VisionBlock, blocks), VisionExit(tower, text_width=text_width)]
+    return tower_layers(tower, config, parts or PlainParts(), text_width=text_width, mean=mean, std=std)
+
+
+def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig, parts: Parts, *, text_width: int,
+                 mean: Colour, std: Colour) -> list[nn.Module]:
+    """Return the layers that run a tower. mean, std: of `colours`."""
+    image_tokens = len(tower.positional_embedding)
+    blocks = tower.blocks[:-1] if config.output == "penultimate" else tower.blocks
+    layers = [VisionEntry(tower, parts, mean=mean, std=std), *(VisionBlock(block, image_tokens=image_tokens, rope=tower.rope) for block in blocks),
+              VisionExit(tower, parts, text_width=text_width)]
+    for layer in layers:
+        parts.sum_image_gradients(layer)
     if not config.trainable:
         for layer in layers:
             layer.requires_grad_(False)
-        for module in (layers[-1].projection, layers[-1].kind):
+        for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
             module.requires_grad_(True)
     return layers
 
 
-def _small_tower(config: SmallVisionConfig) -> "VisionTransformer":
+def _parts(visual: nn.Module) -> Tower | None:
+    """Return the parts of open_clip's tower, its own or timm's; None when it is not a plain ViT (ConvNeXt, a convolutional stem, ...)."""
+    from open_clip.transformer import VisionTransformer
+    from timm.layers.patch_embed import PatchEmbed
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    if isinstance(visual, VisionTransformer):
+        # Behind pooling the tower's own norm never saw single tokens; behind an attention pooler it even has another width.
+        pooled_first = visual.attn_pool is not None or visual.final_ln_after_pool
+        return Tower(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre, list(visual.transformer.resblocks),
+                     None if pooled_first else visual.ln_post, rope=None)
+    trunk: Any = getattr(visual, "trunk", None)
+    # Exact classes: what derives from them does other things between the parts.
+    if type(trunk) not in {TimmVisionTransformer, Eva} or type(trunk.patch_embed) is not PatchEmbed:
+        return None
+    # VisionEntry and VisionBlock know one way to place tokens, that of every plain ViT that open_clip has now.
+    if trunk.reg_token is not None or trunk.no_embed_class or trunk.pos_embed is None or getattr(trunk, "rope_mixed", False):
+        return None
+    for block in trunk.blocks:  # docs/decisions.md: no dropout, so no block is dropped either
+        block.drop_path1 = block.drop_path2 = nn.Identity()
+    class_embedding = None if trunk.cls_token is None else nn.Parameter(trunk.cls_token[0, 0])
+    # Where timm norms the pooled vector it leaves no norm for tokens.
+    last_norm = None if isinstance(trunk.norm, nn.Identity) else trunk.norm
+    rope = getattr(trunk, "rope", None)
+    return Tower(trunk.patch_embed.proj, class_embedding, nn.Parameter(trunk.pos_embed[0]), trunk.norm_pre, list(trunk.blocks), last_norm,
+                 rope=None if rope is None else rope.get_embed(trunk.patch_embed.grid_size))
+
+
+def _fresh_tower(model: dict[str, Any]) -> nn.Module:
+    """Return the tower of an open_clip model config with random weights, without the text tower that open_clip builds beside it."""
     import open_clip
 
-    vision = open_clip.CLIPVisionCfg(layers=config.layers, width=config.width, head_width=config.width // config.heads,
-                                     patch_size=config.patch_size, image_size=config.image_size)
-    text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
-    return open_clip.CLIP(embed_dim=1, vision_cfg=vision, text_cfg=text).visual
+    text, vision = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1), model["vision_cfg"]
+    visual = open_clip.CLIP(embed_dim=model["embed_dim"], vision_cfg=vision, text_cfg=text, quick_gelu=model.get("quick_gelu", False)).visual
+    if "timm_model_name" in vision:  # timm builds the size in its name
+        visual.set_input_size(vision["image_size"])
+    return cast("nn.Module", visual)
 
 
-def _named_tower(config: OpenClipVisionConfig, *, load_pretrained: bool) -> "VisionTransformer":
+def _small_tower(config: SmallVisionConfig) -> nn.Module:
+    return _fresh_tower({"embed_dim": 1, "vision_cfg": {
+        "layers": config.layers, "width": config.width, "head_width": config.width // config.heads, "patch_size": config.patch_size,
+        "image_size": config.image_size}})
+
+
+def _named_tower(config: OpenClipVisionConfig, *, load_pretrained: bool) -> nn.Module:
     import open_clip
 
-    sizes = named_sizes(config.name)
-    if config.image_size % sizes["patch_size"]:
-        raise ConfigError(f"vision.image_size ({config.image_size}) must be a multiple of {config.name}'s patch size ({sizes['patch_size']})")
+    patch_size = named_sizes(config.name)["patch_size"]
+    if config.image_size % patch_size:
+        raise ConfigError(f"vision.image_size ({config.image_size}) must be a multiple of {config.name}'s patch size ({patch_size})")
     tags = open_clip.list_pretrained_tags_by_model(config.name)
     if config.pretrained and config.pretrained not in tags and not Path(config.pretrained).is_file():
         raise CheckpointError(f"vision.pretrained ('{config.pretrained}') is neither a file nor a tag of {config.name}; its tags: "
                               f"{', '.join(tags) or 'none'}")
+    if not (load_pretrained and config.pretrained):
+        model = open_clip.get_model_config(config.name)
+        model["vision_cfg"]["image_size"] = config.image_size
+        return _fresh_tower(model)
     try:
-        model = open_clip.create_model(config.name, pretrained=(load_pretrained and config.pretrained) or None, force_image_size=config.image_size)
+        pretrained = open_clip.create_model(config.name, pretrained=config.pretrained, force_image_size=config.image_size)
     except (RuntimeError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"vision.pretrained ('{config.pretrained}') does not load into {config.name}: {reason}") from error
-    return model.visual
+    return cast("nn.Module", pretrained.visual)

@@ -1,6 +1,6 @@
 """What an objective offers, and the choice of one from its section of the Run."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -8,6 +8,7 @@ from flm_scale.batch import Example, Term
 from flm_scale.config import ArConfig, FlmConfig, MlmConfig, PrefixLmConfig
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A pretraining task. Everything random comes from the generator that the loader keys by seed, epoch and sample."""
 

@@ -22,21 +22,23 @@ class VisionShape:
     """Blocks that are executed; 'penultimate' leaves the last one out."""
     patch_size: int
     image_size: int
-    mlp_ratio: float = 4.0
-    """Hidden units of a block's MLP over the width; open_clip's larger towers differ from 4."""
+    block_weights: int
+    """Elements of a block's matrices; 12 * width**2 where the MLP has two of four times the width."""
+    prefix_tokens: int = 1
+    """Tokens before the patches: the class token, or none as in SigLIP."""
 
     @property
     def image_tokens(self) -> int:
-        """I: patches and the class token."""
-        return 1 + (self.image_size // self.patch_size) ** 2
+        """I: the class token, where there is one, and the patches."""
+        return self.prefix_tokens + (self.image_size // self.patch_size) ** 2
 
 
 def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: Mapping[str, Any] | None = None) -> VisionShape:
-    """Return the tower's sizes. named_sizes: open_clip's 'vision_cfg' of a tower that the config only names."""
+    """Return the tower's sizes. named_sizes: what model.vision says of a tower that the config only names."""
     sizes = config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes
     assert sizes is not None, "a named tower's sizes come from model.vision, the door to open_clip"
     return VisionShape(sizes["width"], sizes["layers"] - (config.output == "penultimate"), sizes["patch_size"], config.image_size,
-                       sizes.get("mlp_ratio", 4.0))
+                       sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1))
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 def vision_flops(vision: VisionShape) -> float:
     """Return the forward FLOPs of the tower for one image: patches, then blocks."""
     d, tokens = vision.width, vision.image_tokens
-    block = (8 + 4 * vision.mlp_ratio) * d * d * tokens + 4 * d * tokens ** 2
-    return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - 1)
+    block = 2 * vision.block_weights * tokens + 4 * d * tokens ** 2
+    return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - vision.prefix_tokens)
 
 
 def training_flops(run: Run, forward: Mapping[str, float]) -> float:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from flm_scale.config import ParallelConfig
 from flm_scale.errors import ConfigError
 
 
@@ -44,3 +45,37 @@ def first_host(node_list: str) -> str:
         return node_list.split(",", 1)[0]
     number = re.split(r"[-,\]]", rest, maxsplit=1)[0]
     return head + number
+
+
+class Layout(NamedTuple):
+    """How many ways the work is cut. Ranks count tensor pieces first, then data, then stages, as DeepSpeed and megatron-core do."""
+
+    tensor: int
+    pipe: int
+    data: int
+
+    @property
+    def size(self) -> int:
+        """Processes."""
+        return self.tensor * self.pipe * self.data
+
+    def data_index(self, rank: int) -> int:
+        """Return which data-parallel replica a rank belongs to."""
+        return rank // self.tensor % self.data
+
+    def stage(self, rank: int) -> int:
+        """Return the pipeline stage of a rank."""
+        return rank // (self.tensor * self.data)
+
+    def rank(self, *, stage: int, data_index: int, tensor_index: int) -> int:
+        """Return the rank at a place."""
+        return (stage * self.data + data_index) * self.tensor + tensor_index
+
+
+def find_layout(parallel: ParallelConfig, *, world_size: int) -> Layout:
+    """Return the layout over so many processes. Raises ConfigError when they cannot be cut that way."""
+    data, left_over = divmod(world_size, parallel.tensor * parallel.pipe)
+    if left_over or not data:
+        raise ConfigError(f"{world_size} process(es) cannot be cut into parallel.tensor ({parallel.tensor}) x parallel.pipe ({parallel.pipe}); "
+                          f"start a multiple of {parallel.tensor * parallel.pipe}, or change one of them")
+    return Layout(parallel.tensor, parallel.pipe, data)

@@ -3,11 +3,15 @@
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +20,8 @@ from PIL import Image
 from flm_scale.data import demo, drawings
 from flm_scale.data.demo import build_demo, caption, caption_facts, train_dataset_tokenizer
 from flm_scale.data.images import decode_image
-from flm_scale.data.shards import Dataset
-from flm_scale.data.sources import Package, fetch, members
+from flm_scale.data.shards import Dataset, open_dataset
+from flm_scale.data.sources import Material, Package, fetch, members
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 
@@ -115,6 +119,64 @@ def test_tokenizer_training_is_repeatable(tmp_path: Path) -> None:
         assert "pieces" in train_dataset_tokenizer(dataset.folder, vocab_size=70)
         roots.append(demo.open_dataset(dataset.folder).root)
     assert roots[0] == roots[1] != dataset.root
+
+
+def is_killed_before_change(number: int, action: Callable[[], object]) -> bool:
+    """Run a command that dies before its number-th change of the disk; return whether it came that far."""
+    changes = count()
+
+    def mortal(change: Callable[..., Any]) -> Callable[..., Any]:
+        def change_or_die(*args: object, **options: object) -> object:
+            if next(changes) == number:
+                raise KeyboardInterrupt
+            return change(*args, **options)
+
+        return change_or_die
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "replace", "touch", "unlink", "write_bytes", "write_text"):
+            patch.setattr(Path, name, mortal(getattr(Path, name)))
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_killed_tokenizer_training_leaves_a_dataset_that_opens_and_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    from tests.conftest import write_toy
+
+    toy, roots = write_toy(tmp_path / "toy").folder, set()
+    for number in count():
+        folder = shutil.copytree(toy, tmp_path / str(number))
+        is_killed = is_killed_before_change(number, lambda: train_dataset_tokenizer(folder, vocab_size=70))  # noqa: B023 - called at once
+        open_dataset(folder)
+        train_dataset_tokenizer(folder, vocab_size=70)
+        roots.add(open_dataset(folder).root)
+        if not is_killed:
+            break
+    assert number > 5
+    assert len(roots) == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_build_is_finished_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
+    from tests.conftest import drawn_sample, write_toy
+
+    fields = [vars(drawn_sample(i, color="red", shape="circle")) for i in range(2)]
+    pictures = [{name: value for name, value in one.items() if name != "key"} for one in fields]
+    monkeypatch.setattr(demo, "read_easy_vqa", lambda *_, **__: Material("small", {"train": pictures, "val": pictures}, "Drawn."))
+    toy, roots = write_toy(tmp_path / "toy").folder, set()
+    for number in count():
+        folder = tmp_path / str(number)
+        if overwrite:
+            shutil.copytree(toy, folder)
+        is_killed = is_killed_before_change(number, lambda: build_demo(folder, overwrite=overwrite))  # noqa: B023 - called at once
+        roots.add(build_demo(folder, overwrite=overwrite).root)
+        if not is_killed:
+            break
+    assert number > 15
+    assert len(roots) == 1
 
 
 def fake_client(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

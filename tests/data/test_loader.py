@@ -128,6 +128,14 @@ def test_an_evaluation_scores_every_caption_once_and_keeps_ranks_in_step(toy_dat
     assert counts[objective.parts.index("eos")] == len(captions)
 
 
+def test_a_caption_that_is_shown_in_several_views_counts_once(toy_dataset: Dataset) -> None:
+    """Pairs per second would otherwise grow with MLM's passes."""
+    run = toy_run(toy_dataset, objective=MlmConfig(mask_rate=0.6, passes=3))
+    batches = list(one_pass(run, toy_dataset.index("val"), *parts_of(toy_dataset, run)))
+    num_captions = sum(map(len, toy_dataset.index("val").captions))
+    assert sum(batch.num_captions for batch in batches) == num_captions < sum(len(batch.state.lengths) for batch in batches)
+
+
 def test_packing_fills_batches(toy_dataset: Dataset) -> None:
     """Next-fit over random captions leaves little room."""
     run = toy_run(toy_dataset, batch=BatchConfig(micro_batches=1, text_tokens=128, captions=64, images=64))

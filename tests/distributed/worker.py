@@ -1,37 +1,153 @@
-"""Trains the tiny run with the DeepSpeed engine on this rank's micro-batches and saves what rank 0 saw; started by a launcher.
+"""Trains tiny runs on every layout of this launch's processes and saves what rank 0 saw; started by a launcher.
 
 usage: python -m tests.distributed.worker OUT_FOLDER
 """
 
+import gc
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import deepspeed.utils.groups
 import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
 
-from flm_scale.config import OptimConfig, ParallelConfig
-from flm_scale.engine.deepspeed import DeepSpeedEngine
-from flm_scale.model.assemble import build_model
+from flm_scale.config import BatchConfig, OptimConfig, ParallelConfig, Run
+from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
+from flm_scale.model.assemble import layer_builders
+from flm_scale.model.parts import PlainParts, shard_of
 from tests.synthetic import objective_of, random_batch, tiny_run
 
-STEPS = 20
-OPTIMIZERS = {"sgd": OptimConfig(kind="sgd", lr=0.3, warmup_steps=2, clip_norm=0.5), "adamw": OptimConfig(lr=3e-3, warmup_steps=2, clip_norm=0.5)}
+CURVE_STEPS = 100
+
+
+class Case(NamedTuple):
+    """What is trained, whatever the layout."""
+
+    objective: str
+    kind: str
+    clip_norm: float
+    accumulation: int
+    """Micro-batches a replica; 0 stands for 4 in all, however many replicas share them."""
+    tied: bool = False
+    shard_images: bool = False
+    steps: int = 3
+
+
+# Every pair of settings is in one of these.
+CASES = (
+    Case("flm", "sgd", 0.5, 4, tied=True), Case("flm", "adamw", 0.0, 1, shard_images=True), Case("mlm", "sgd", 0.0, 4, shard_images=True),
+    Case("mlm", "adamw", 0.5, 1, tied=True), Case("flm", "sgd", 0.5, 1, tied=True, shard_images=True))
+SPLITS = (Case("flm", "sgd", 0.5, 0, steps=20), Case("flm", "adamw", 0.5, 0, steps=20))
+# By number of processes: (tensor, pipe, ZeRO stage), and what is trained there.
+LAYOUTS = {
+    1: [((1, 1, 1), CASES)] + [((1, 1, zero), SPLITS) for zero in range(4)],
+    2: [((1, 1, zero), SPLITS) for zero in range(4)] + [(layout, CASES) for layout in ((1, 1, 1), (2, 1, 1), (2, 1, 2), (2, 1, 3), (1, 2, 1))],
+    4: [((1, 1, zero), SPLITS) for zero in range(4)] + [(layout, CASES) for layout in ((2, 1, 1), (2, 1, 3), (1, 2, 1), (2, 2, 1))],
+    8: [((2, 2, 1), CASES)]}
+CURVE_LAYOUTS = {1: (1, 1, 1), 4: (2, 2, 1)}
+
+
+def case_run(case: Case, *, data: int, parallel: ParallelConfig | None = None) -> Run:
+    """The tiny run of a case. 61 tokens cannot be halved, so tensor parallelism pads. Adam's large eps keeps gradients that are zero but for
+    rounding, such as those of key biases, from moving weights."""
+    text = tiny_run().text.replace(tied=case.tied, vocab_size=61)
+    optim = OptimConfig(kind=case.kind, lr=0.3 if case.kind == "sgd" else 3e-3, warmup_steps=2, clip_norm=case.clip_norm, eps=1e-3)
+    batch = BatchConfig(micro_batches=case.accumulation * data or 4, text_tokens=200, captions=16, images=16)
+    return tiny_run(case.objective, text=text, optim=optim, batch=batch, parallel=parallel or ParallelConfig())
+
+
+def file_name(case: Case, *, tensor: int, pipe: int, data: int, zero: int) -> str:
+    return f"{tensor}{pipe}{data}-zero{zero}-{'-'.join(map(str, case))}.pt"
+
+
+def engine_of(run: Run) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
+    objective = objective_of(run)
+    if run.parallel.zero != 1:
+        return PlainDeepSpeedEngine(run, objective)
+    layers = len(layer_builders(run, objective, PlainParts()))
+    return PipelineDeepSpeedEngine(run, objective, bounds=[layers * stage // run.parallel.pipe for stage in range(run.parallel.pipe + 1)])
+
+
+def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
+    size = int(os.environ["WORLD_SIZE"])
+    data = size // (parallel.tensor * parallel.pipe)
+    run = case_run(case, data=data, parallel=parallel)
+    engine = engine_of(run)
+    first, gradients = engine.weights(), [{}]
+    take_step = engine.engine._take_model_step
+
+    def look_and_step(*args: object, **kwargs: object) -> None:
+        gradients.append(engine.gathered(lambda parameter: safe_get_full_grad(parameter)))
+        take_step(*args, **kwargs)
+
+    engine.engine._take_model_step = look_and_step
+    curve = []
+    for step in range(case.steps):
+        batches = [random_batch(run, seed=1000 * step + i) for i in range(run.batch.micro_batches)]
+        result = engine.train_step(batches[engine.data_index :: data], step=step)
+        curve.append((result.loss, result.grad_norm))
+    evaluation = engine.evaluate([random_batch(run, seed=7 + engine.data_index)])
+    weights = engine.weights()
+    if engine.rank == 0:
+        torch.save({"first": first, "gradients": gradients[-1], "curve": curve, "weights": weights, "evaluation": vars(evaluation)},
+                   out / file_name(case, tensor=parallel.tensor, pipe=parallel.pipe, data=data, zero=parallel.zero))
+
+
+def close_groups() -> None:
+    """Take down what the last engine left: each gloo group has threads of its own, and this process makes dozens of engines."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    for name, value in vars(deepspeed.utils.groups).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(deepspeed.utils.groups, name, None)
+    deepspeed.utils.groups.mpu = None
+    gc.collect()
+
+
+def long_run(precision: str, tensor: int, pipe: int, out: Path) -> None:
+    """A hundred steps: the losses; and whether weights that several processes hold are still the same on all of them."""
+    case = Case("flm", "adamw", 0.5, 4, tied=True, shard_images=True)
+    run = case_run(case, data=1, parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, vision="shard_batch"))
+    run = run.replace(precision=precision, steps=CURVE_STEPS, optim=run.optim.replace(eps=1e-8))
+    engine = engine_of(run)
+    losses = [engine.train_step([random_batch(run, seed=1000 * (step % 10) + i) for i in range(4)], step=step).loss for step in range(CURVE_STEPS)]
+    differ = []
+    if tensor > 1:
+        for name, parameter in engine.layers.named_parameters():
+            if shard_of(parameter) is None:
+                copies = [torch.empty_like(parameter) for _ in range(tensor)]
+                dist.all_gather(copies, parameter.detach().contiguous(), group=engine.tensor_group)
+                differ += [] if all(torch.equal(copy, copies[0]) for copy in copies) else [name]
+    tables = [None] * dist.get_world_size()
+    own = {engine.rank % tensor: engine.layers.get_parameter(name).detach() for name in ("text_entry.tokens.weight", "head.decoder.weight")
+           if name.split(".")[0] in engine.layers}
+    dist.all_gather_object(tables, own)
+    if engine.rank == 0:
+        copies: dict[int, list[torch.Tensor]] = {}
+        for table in tables:
+            for place, weight in table.items():
+                copies.setdefault(place, []).append(weight)
+        torch.save({"losses": losses, "differ": differ, "tables": copies}, out / f"{precision}-{tensor}{pipe}.pt")
 
 
 def main(out: Path) -> None:
-    for zero in (0, 1, 2, 3):
-        for name, optim in OPTIMIZERS.items():
-            run = tiny_run(optim=optim, parallel=ParallelConfig(engine="deepspeed", zero=zero))
-            objective = objective_of(run)
-            engine = DeepSpeedEngine(run, build_model(run, objective), objective)
-            curve = []
-            for step in range(STEPS):
-                batches = [random_batch(run, seed=1000 * step + i) for i in range(run.batch.micro_batches)]
-                result = engine.train_step(batches[engine.rank :: engine.size], step=step)
-                curve.append((result.loss, result.grad_norm))
-            evaluation = engine.evaluate([random_batch(run, seed=7 + engine.rank)])
-            weights = engine.weights()
-            if engine.rank == 0:
-                torch.save({"curve": curve, "weights": weights, "counts": evaluation.count}, out / f"zero{zero}-{name}-{engine.size}.pt")
+    size = int(os.environ["WORLD_SIZE"])
+    for (tensor, pipe, zero), cases in LAYOUTS[size]:
+        for case in cases:
+            parallel = ParallelConfig(engine="deepspeed", zero=zero, tensor=tensor, pipe=pipe,
+                                      vision="shard_batch" if case.shard_images else "replicated")
+            train_case(case, parallel, out)
+            close_groups()
+    if size in CURVE_LAYOUTS:
+        tensor, pipe, _ = CURVE_LAYOUTS[size]
+        for precision in ("fp32", "bf16"):
+            long_run(precision, tensor, pipe, out)
+            close_groups()
 
 
 if __name__ == "__main__":

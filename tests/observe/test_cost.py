@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from flm_scale.batch import State
 from flm_scale.config import ArConfig, FlmConfig, MlmConfig, OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
 from flm_scale.data.pack import pack
 from flm_scale.model.assemble import build_model
-from flm_scale.model.vision import named_sizes
+from flm_scale.model.vision import build_vision, named_sizes
 from flm_scale.objectives.objective import build_objective
-from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_shape
+from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_flops, vision_shape
 
 SMALL_VISION = SmallVisionConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4)
 SMALL_TEXT = TextConfig(width=64, heads=4, bottom_layers=2, fusion_layers=2, reconstructor_bottom_layers=1, reconstructor_fusion_layers=2,
@@ -101,7 +103,23 @@ def test_training_costs_three_forwards_but_a_frozen_tower_only_one() -> None:
 
 
 def test_penultimate_output_leaves_the_last_block_out() -> None:
-    """The sizes say what is executed, not what the tower has, and a wider MLP is counted."""
-    giant = {"width": 1664, "layers": 48, "patch_size": 14, "mlp_ratio": 4.9231, "head_width": 104}
-    assert vision_shape(OpenClipVisionConfig(output="penultimate"), giant) == VisionShape(1664, 47, 14, 224, 4.9231)
-    assert vision_shape(SmallVisionConfig(output="final")) == VisionShape(128, 4, 8, 224)
+    """The sizes say what is executed, not what the tower has."""
+    named = {"width": 1664, "layers": 48, "patch_size": 14, "block_weights": 38338560, "prefix_tokens": 0}
+    assert vision_shape(OpenClipVisionConfig(output="penultimate"), named) == VisionShape(1664, 47, 14, 224, 38338560, 0)
+    assert vision_shape(SmallVisionConfig(output="final")) == VisionShape(128, 4, 8, 224, 12 * 128 ** 2)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-bigG-14", "ViT-SO400M-14-SigLIP", "EVA01-g-14", "EVA02-B-16", "PE-Core-T-16-384"])
+def test_flops_of_a_named_tower_match_torchs_counter(name: str) -> None:
+    """Wider MLPs whose ratio is rounded, gated ones with three matrices, no class token: counted on the meta device, nothing is computed."""
+    sizes = named_sizes(name)
+    config = OpenClipVisionConfig(name=name, image_size=3 * sizes["patch_size"])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        layers = build_vision(config, text_width=32)
+        nothing = torch.zeros(2, 0, dtype=torch.long)
+        state = State(*(nothing for _ in State._fields))._replace(rows=torch.zeros(2, 3, config.image_size, config.image_size, dtype=torch.uint8))
+        for layer in layers[:-1]:
+            state = layer(state)
+    shape = vision_shape(config, sizes)
+    assert len(state.rows) == 2 * shape.image_tokens
+    assert counter.get_total_flops() == 2 * vision_flops(shape)

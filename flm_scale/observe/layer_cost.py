@@ -1,0 +1,101 @@
+"""The FLOPs of observe/cost.py layer by layer, for a typical micro-batch: what pipeline stages are cut by, and what `flm plan` adds up.
+
+Names are those of the model's flat list (model/assemble.py). Sizes alone, no model and no data.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from flm_scale.batch import Example
+from flm_scale.config import Run
+from flm_scale.objectives.objective import build_objective
+from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, vision_flops
+from flm_scale.parallel.stages import cut
+
+
+def typical_views(run: Run) -> list[Example]:
+    """Return the views of a caption of the length that lets a micro-batch fill its token and caption budgets at once."""
+    length = max(3, min(run.text.max_length, run.batch.text_tokens // run.batch.captions))
+    return build_objective(run.objective, mask_id=0).corrupt(np.arange(length, dtype=np.int32), np.random.default_rng(0))
+
+
+def typical_pairs(run: Run) -> int:
+    """Return the captions of a micro-batch, an objective's several views of one counted once."""
+    views = typical_views(run)
+    return min(run.batch.text_tokens // sum(view.length for view in views), run.batch.captions // len(views))
+
+
+def expected_shapes(run: Run) -> BatchShapes:
+    """Return the sizes of a micro-batch that its budgets allow: captions of equal length, spread evenly over the images.
+
+    The padded views have room for captions of text.max_length among them, so that memory is not underestimated.
+    """
+    views, pairs, longest = typical_views(run), typical_pairs(run), run.text.max_length
+    tokens, queries = pairs * sum(view.length for view in views), pairs * sum(len(view.queries) for view in views)
+    captions, images = pairs * len(views), min(pairs, run.batch.images)
+    captions_per_image = -(-captions // images)
+    return BatchShapes(
+        num_images=images, num_streams=len(views[0].first), text_tokens=tokens, num_queries=queries,
+        num_targets=pairs * sum(len(view.target_rows) for view in views),
+        self_pairs=pairs * sum(view.length ** 2 for view in views), query_pairs=pairs * sum(len(view.queries) * view.length for view in views),
+        view_self_pairs=captions * longest ** 2, view_query_pairs=captions * (longest - 2) * longest if queries else 0,
+        view_image_rows=images * min(tokens, captions_per_image * longest))
+
+
+def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
+    """Return the forward FLOPs of each layer of the list, in its order; they add up to those of forward_flops, to the last digit."""
+    text, parts = run.text, forward_flops(run, shapes, vision)
+    entry = vision_flops(replace(vision, layers_run=0)) * shapes.num_images
+    fusion_entry = forward_flops(run, replace(shapes, num_images=0), vision)["projections"]
+    num_reconstructors = text.reconstructor_bottom_layers + text.reconstructor_fusion_layers
+    flops = {"vision_entry": entry, **{f"vision_{i}": (parts["vision"] - entry) / vision.layers_run for i in range(vision.layers_run)},
+             "vision_exit": parts["projections"] - fusion_entry, "text_entry": 0.0}
+    stages = (("bottom", text.bottom_layers, text.reconstructor_bottom_layers), ("fusion", text.fusion_layers, text.reconstructor_fusion_layers))
+    for stage, depth, reconstructor_depth in stages:
+        if stage == "fusion":
+            flops["fusion_entry"] = fusion_entry
+        for i in range(depth):
+            reconstructs = i >= depth - reconstructor_depth
+            flops[f"{stage}_{i}"] = parts[stage] / depth + (parts["reconstructor"] / num_reconstructors if reconstructs else 0.0)
+    return flops | {"head": parts["head"]}
+
+
+def rank_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
+    """Return the forward FLOPs of each layer that one process computes: its share of what tensor parallelism splits, and all of the rest."""
+    def share(name: str, flops: float) -> float:
+        if name == "fusion_entry" or (name.startswith("vision_") and run.parallel.vision == "replicated"):
+            return flops
+        whole = 2 * run.text.width ** 2 * shapes.num_targets if name == "head" else 0
+        return whole + (flops - whole) / run.parallel.tensor
+
+    return {name: share(name, flops) for name, flops in layer_flops(run, shapes, vision).items()}
+
+
+def stage_costs(run: Run, vision: VisionShape) -> dict[str, float]:
+    """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again."""
+    return {name: flops * ((3 if trains(run, name) else 1) + is_recomputed(run, name))
+            for name, flops in rank_flops(run, expected_shapes(run), vision).items()}
+
+
+def stage_bounds(run: Run, vision: VisionShape) -> list[int]:
+    """Return the pipeline stages of a run: the place in the list of each stage's first layer, and the list's length behind them.
+
+    Cut by cost. A frozen tower stays whole and with the projection behind it: every stage needs a weight to train and rows with a gradient
+    to hand on, or DeepSpeed waits for ever. Raises ConfigError when there are more stages than layers.
+    """
+    costs = stage_costs(run, vision)
+    inseparable = sum(not trains(run, name) for name in costs)
+    first, rest = list(costs.values())[: inseparable + 1], list(costs.values())[inseparable + 1:]
+    return [0, *(place + inseparable for place in cut([sum(first), *rest], run.parallel.pipe)[1:])]
+
+
+def trains(run: Run, name: str) -> bool:
+    """Return whether a layer has a backward pass: all have but those of a frozen tower, whose projection trains."""
+    return run.vision.trainable or name == "vision_exit" or not name.startswith("vision_")
+
+
+def is_recomputed(run: Run, name: str) -> bool:
+    """Return whether a layer runs again in the backward pass: not where rows come in without a gradient, nor the head (assemble.run_layers)."""
+    first_to_train = "vision_entry" if run.vision.trainable else "vision_exit"
+    return run.recompute and trains(run, name) and name not in {first_to_train, "head"}

@@ -1,0 +1,111 @@
+"""Every (tensor, pipe, data, ZeRO) layout against one process of plain PyTorch. One launch a number of processes serves all checks.
+
+The micro-batches hold different numbers of targets, so an average of averages would show.
+"""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from flm_scale.engine.local import LocalEngine
+from flm_scale.model.assemble import build_model
+from tests.distributed.worker import CURVE_LAYOUTS, LAYOUTS, Case, case_run, file_name
+from tests.synthetic import objective_of, random_batch
+
+pytestmark = pytest.mark.slow
+
+ALL = [pytest.param(case, (tensor, pipe, size // (tensor * pipe)), zero, id=file_name(case, tensor=tensor, pipe=pipe, data=size // (tensor * pipe),
+                                                                                    zero=zero).removesuffix(".pt"))
+       for size, layouts in LAYOUTS.items() for (tensor, pipe, zero), cases in layouts for case in cases]
+
+
+class Reference(NamedTuple):
+    """What one process of plain PyTorch saw."""
+
+    first: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    curve: list[tuple[float, float]]
+    weights: dict[str, torch.Tensor]
+    engine: LocalEngine
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What rank 0 of one, two, four and eight processes saw."""
+    out = tmp_path_factory.mktemp("outcomes")
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for size in LAYOUTS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+                   "-m", "tests.distributed.worker", str(out)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@cache
+def reference(case: Case, data: int) -> Reference:
+    torch.set_num_threads(1)
+    run = case_run(case, data=data)
+    objective = objective_of(run)
+    engine = LocalEngine(run, build_model(run, objective), objective)
+    first, curve, gradients = engine.weights(), [], {}
+    take_step = engine.optimizer.step
+
+    def look_and_step() -> None:
+        gradients.update({name: parameter.grad.clone() for name, parameter in engine.model.layers.named_parameters()})
+        take_step()
+
+    engine.optimizer.step = look_and_step
+    for step in range(case.steps):
+        result = engine.train_step([random_batch(run, seed=1000 * step + i) for i in range(run.batch.micro_batches)], step=step)
+        curve.append((result.loss, result.grad_norm))
+    if case.clip_norm:  # the engines are looked at before they clip
+        factor = min(1.0, case.clip_norm / (curve[-1][1] + 1e-6))
+        gradients = {name: gradient / factor for name, gradient in gradients.items()}
+    return Reference(first, gradients, curve, engine.weights(), engine)
+
+
+def assert_all_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, floor: float) -> None:
+    """1e-5 relative in norm, weight by weight; `floor` is the smallest norm that counts, for weights that are zero but for rounding."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= 1e-5 * max(float(value.norm()), floor), name
+
+
+@pytest.mark.parametrize(("case", "layout", "zero"), ALL)
+def test_a_layout_trains_like_one_process(outcomes: Path, case: Case, layout: tuple[int, int, int], zero: int) -> None:
+    """Initial weights to the bit; losses, gradient norms, every gradient and every weight to 1e-5; and an evaluation."""
+    tensor, pipe, data = layout
+    found = torch.load(outcomes / file_name(case, tensor=tensor, pipe=pipe, data=data, zero=zero))
+    expected = reference(case, data)
+    assert all(torch.equal(found["first"][name], weight) for name, weight in expected.first.items())
+    torch.testing.assert_close(torch.tensor(found["curve"]), torch.tensor(expected.curve), rtol=1e-5, atol=0)
+    assert_all_close(found["gradients"], expected.gradients, floor=0.1 * expected.curve[-1][1])
+    assert_all_close(found["weights"], expected.weights, floor=0.1)
+    sums = expected.engine.evaluate([random_batch(expected.engine.run, seed=7 + i) for i in range(data)])
+    assert found["evaluation"]["count"].tolist() == sums.count.tolist()
+    torch.testing.assert_close(found["evaluation"]["loss"], sums.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replicated_weights_are_the_same_to_the_bit_after_a_hundred_steps(outcomes: Path, precision: str) -> None:
+    """Over tensor ranks; and the tied table over the stages that hold a copy of it."""
+    found = torch.load(outcomes / f"{precision}-22.pt")
+    assert found["differ"] == []
+    assert len(found["tables"]) == 2
+    for copies in found["tables"].values():
+        assert len(copies) == 2
+        assert torch.equal(*copies)
+
+
+@pytest.mark.parametrize("layout", CURVE_LAYOUTS.values())
+def test_bf16_follows_the_float32_curve(outcomes: Path, layout: tuple[int, int, int]) -> None:
+    tensor, pipe, _ = layout
+    bf16, fp32 = (torch.tensor(torch.load(outcomes / f"{precision}-{tensor}{pipe}.pt")["losses"]) for precision in ("bf16", "fp32"))
+    assert float(((bf16 - fp32).abs() / fp32).max()) < 0.01
