@@ -142,8 +142,8 @@ def _dispatch(words: list[str]) -> None:
     if not words or words[0] in {"-h", "--help"}:
         print(_overview())
         return
-    if words[0] == "train":
-        _train(words[1:])
+    if words[0] in RUN_VERBS:
+        RUN_VERBS[words[0]](words[1:])
         return
     for size in (2, 1):
         verb = tuple(words[:size])
@@ -154,15 +154,14 @@ def _dispatch(words: list[str]) -> None:
     if words[0] in groups:
         choices = [" ".join(verb) for verb in VERBS if verb[0] == words[0]]
         raise ConfigError(f"flm {' '.join(words[:2])}: no such command; there is: {', '.join(choices)}")
-    raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | {'train'})} (flm --help lists them)")
+    raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | RUN_VERBS.keys())} (flm --help lists them)")
 
 
 def _train(words: list[str]) -> None:
     if not words or words[0] in {"-h", "--help"}:
-        listing = "\n".join(f"  {name:16}{_first_line(recipe)}" for name, recipe in RECIPES.items())
         print("usage: flm train RECIPE [--run-dir DIR] [--overwrite] [--group.key VALUE ...]\n\n"
               "Train a recipe: alone, or in every process of torchrun, deepspeed or srun.\n\nrecipes:\n"
-              f"{listing}\n\nflm train RECIPE --help lists every value and its default.")
+              f"{_recipe_lines()}\n\nflm train RECIPE --help lists every value and its default.")
         return
     name, rest = words[0], words[1:]
     if name not in RECIPES:
@@ -183,6 +182,44 @@ def _train(words: list[str]) -> None:
 
     train_recipe.__doc__ = RECIPES[name].__doc__
     _parse(train_recipe, rest, prog=f"flm train {name}")
+
+
+def _plan(words: list[str]) -> None:
+    if not words or words[0] in {"-h", "--help"}:
+        print("usage: flm plan RECIPE|RUN [--nodes N] [--gpus-per-node G] [--gpu-gb GB] [--group.key VALUE ...]\n\n"
+              "Say what a run needs on so many GPUs: weights, FLOPs, memory a GPU, and the quickest layouts that fit.\n\nrecipes:\n"
+              f"{_recipe_lines()}\n\nflm plan RECIPE --help lists every value and its default.")
+        return
+    name = words[0]
+    if name not in RECIPES and not Path(name).is_dir():
+        raise ConfigError(f"no recipe or run directory '{name}'{did_you_mean(name, RECIPES)} (recipes: {', '.join(RECIPES)})")
+    default = _run_of(name)
+
+    def plan_run(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, nodes: int = 1, gpus_per_node: int = 8, gpu_gb: float = 80.0,
+                 peak_tflops: float = 989.0, mfu: float = 0.35) -> None:
+        """Say what a run needs on so many GPUs.
+
+        Args:
+            run: the recipe's values.
+            nodes: how many machines.
+            gpus_per_node: GPUs of each.
+            gpu_gb: memory of a GPU in 10**9 bytes.
+            peak_tflops: dense peak of a GPU in the run's precision.
+            mfu: share of that peak that a GPU reaches while it computes.
+        """
+        from flm_scale.plan import Machine, print_plan
+
+        print_plan(run, Machine(nodes, gpus_per_node, gpu_gb, peak_tflops, mfu))
+
+    _parse(plan_run, words[1:], prog=f"flm plan {name}")
+
+
+# Verbs whose options are the values of a recipe's Run.
+RUN_VERBS: dict[str, Callable[[list[str]], None]] = {"train": _train, "plan": _plan}
+
+
+def _recipe_lines() -> str:
+    return "\n".join(f"  {name:16}{_first_line(recipe)}" for name, recipe in RECIPES.items())
 
 
 def _parse(verb: Callable[..., None], words: list[str], *, prog: str) -> None:
@@ -234,5 +271,5 @@ def _run_of(recipe: str) -> Run:
 
 def _overview() -> str:
     lines = [f"  flm {' '.join(verb):18}{_first_line(function)}" for verb, function in VERBS.items()]
-    lines.append(f"  flm {'train':18}Train a recipe.")
+    lines += [f"  flm {'train':18}Train a recipe.", f"  flm {'plan':18}Say what a run needs on so many GPUs."]
     return "usage: flm [--debug] COMMAND ...\n\nPretrain vision-language models.\n\n" + "\n".join(lines) + "\n\nflm COMMAND --help tells more."

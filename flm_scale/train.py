@@ -195,10 +195,13 @@ class Recorder:
 
 def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine) -> None:
     """Say what will be done."""
-    print(f"flm: {run.name}: {run.objective.kind}, {engine.num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} micro-batches "
-          f"on {engine.layout.size} process(es), {run.parallel.engine}{f' ZeRO {run.parallel.zero}' if run.parallel.engine == 'deepspeed' else ''}"
-          f"{f' (tensor {run.parallel.tensor} x pipe {run.parallel.pipe})' if run.parallel.tensor * run.parallel.pipe > 1 else ''}, "
-          f"{run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}", file=sys.stderr)
+    layout, parallel = engine.layout, run.parallel
+    how = f"deepspeed ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "local"
+    if layout.size > layout.data:
+        how += f", tensor {layout.tensor} x pipe {layout.pipe} x data {layout.data}"
+    print(f"flm: {run.name}: {run.objective.kind}, {engine.num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} "
+          f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}",
+          file=sys.stderr)
 
 
 def step_keys(run: Run, *, step: int) -> list[str]:

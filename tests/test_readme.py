@@ -8,11 +8,15 @@ import pytest
 from flm_scale.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMANDS = [line.split("#")[0].split() for line in re.findall(r"^(?:flm|torchrun .* flm_scale) (train .*)$", README, re.MULTILINE)]
+COMMANDS = [(int(processes or 1), words.split("#")[0].split()) for processes, words in
+            re.findall(r"^(?:flm|torchrun --nproc-per-node (\d+) -m flm_scale) (train .*)$", README, re.MULTILINE) if "--help" not in words]
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if "--help" not in words], ids=" ".join)
-def test_a_train_command_gets_as_far_as_its_dataset(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("processes", "words"), COMMANDS, ids=lambda value: " ".join(value) if isinstance(value, list) else str(value))
+def test_a_train_command_gets_as_far_as_its_dataset(processes: int, words: list[str], capsys: pytest.CaptureFixture[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
     assert main([*words, "--data.path", "no-such-dataset"]) == 2
     assert "no-such-dataset does not exist" in capsys.readouterr().err
 

@@ -80,7 +80,7 @@ def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
     take_step = engine.engine._take_model_step
 
     def look_and_step(*args: object, **kwargs: object) -> None:
-        gradients.append(engine.gathered(lambda parameter: safe_get_full_grad(parameter)))
+        gradients.append(engine.gathered(safe_get_full_grad))
         take_step(*args, **kwargs)
 
     engine.engine._take_model_step = look_and_step
@@ -124,15 +124,35 @@ def long_run(precision: str, tensor: int, pipe: int, out: Path) -> None:
                 dist.all_gather(copies, parameter.detach().contiguous(), group=engine.tensor_group)
                 differ += [] if all(torch.equal(copy, copies[0]) for copy in copies) else [name]
     tables = [None] * dist.get_world_size()
-    own = {engine.rank % tensor: engine.layers.get_parameter(name).detach() for name in ("text_entry.tokens.weight", "head.decoder.weight")
-           if name.split(".")[0] in engine.layers}
-    dist.all_gather_object(tables, own)
+    own = [engine.layers.get_parameter(name).detach() for name in ("text_entry.tokens.weight", "head.decoder.weight")
+           if name.split(".")[0] in engine.layers]
+    dist.all_gather_object(tables, (engine.rank % tensor, own))
     if engine.rank == 0:
-        copies: dict[int, list[torch.Tensor]] = {}
-        for table in tables:
-            for place, weight in table.items():
-                copies.setdefault(place, []).append(weight)
+        copies = [[weight for place, weights in tables for weight in weights if place == index] for index in range(tensor)]
         torch.save({"losses": losses, "differ": differ, "tables": copies}, out / f"{precision}-{tensor}{pipe}.pt")
+
+
+def look_at_parts(out: Path) -> None:
+    """Gradients that are views, through both regions; and a decoder whose padding row is likelier than anything."""
+    from flm_scale.parallel.mesh import Layout
+    from flm_scale.parallel.tensor import TensorParts, share_with_shards, start_groups, sum_over_shards, tensor_group
+
+    start_groups(Layout(tensor=2, pipe=1, data=1))
+    group, found = tensor_group(), {}
+    ones = torch.ones(3, 4, requires_grad=True)
+    found["transposed"] = torch.autograd.grad(share_with_shards(ones, group).t(), ones, torch.ones(4, 3))[0]
+    found["expanded"] = torch.autograd.grad(share_with_shards(ones, group).sum(), ones)[0]
+    found["transposed sum"] = sum_over_shards(ones.detach().t(), group)
+    decoder = TensorParts(group, shares_images=False).decoder(4, 5)
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(6, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    with torch.no_grad():
+        decoder.weight.copy_(weight[3 * dist.get_rank() :][:3])
+        decoder.bias.copy_(torch.tensor([0.0, 0, 0, 0, 0, 1000])[3 * dist.get_rank() :][:3])
+    loss, correct = decoder(rows, torch.arange(7) % 5)
+    logits = decoder.logits(rows)
+    if dist.get_rank() == 0:
+        torch.save(found | {"weight": weight, "rows": rows, "loss": loss.detach(), "correct": correct, "logits": logits.detach()}, out / "parts.pt")
 
 
 def main(out: Path) -> None:
@@ -143,6 +163,8 @@ def main(out: Path) -> None:
                                       vision="shard_batch" if case.shard_images else "replicated")
             train_case(case, parallel, out)
             close_groups()
+    if size == 2:
+        look_at_parts(out)
     if size in CURVE_LAYOUTS:
         tensor, pipe, _ = CURVE_LAYOUTS[size]
         for precision in ("fp32", "bf16"):

@@ -1,5 +1,7 @@
 """Costs by layer: their names are the model's, their sum is the sum by part, and the typical micro-batch is one that the packer could make."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -68,7 +70,7 @@ def test_tensor_parallelism_splits_the_text_side_and_vision_only_when_asked() ->
     whole = layer_flops(run, shapes, vision)
     piece = rank_flops(run, shapes, vision)
     assert piece["bottom_0"] == whole["bottom_0"] / 4
-    assert [piece[name] for name in ("vision_0", "vision_exit", "fusion_entry")] == [whole[name] for name in ("vision_0", "vision_exit", "fusion_entry")]
+    assert all(piece[name] == whole[name] for name in ("vision_0", "vision_exit", "fusion_entry"))
     assert whole["head"] / 4 < piece["head"] < whole["head"]
     shared = rank_flops(run.replace(parallel=run.parallel.replace(vision="shard_batch")), shapes, vision)
     assert shared["vision_0"] == whole["vision_0"] / 4
@@ -78,7 +80,7 @@ def test_stages_cut_by_cost_are_as_even_as_layers_allow() -> None:
     run = tiny_run()
     costs = list(stage_costs(run, vision_shape(run.vision)).values())
     boundaries = cut(costs, 3)
-    sums = [sum(costs[first:last]) for first, last in zip(boundaries[:-1], boundaries[1:], strict=True)]
+    sums = [sum(costs[first:last]) for first, last in pairwise(boundaries)]
     assert max(sums) <= sum(costs) / 3 + max(costs)
 
 

@@ -1,0 +1,65 @@
+"""Bytes of a model's state in one process under DeepSpeed 0.19, by ZeRO stage. Arithmetic; tests/distributed/test_memory.py measures the same."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from flm_scale.config import Run
+
+
+class StateBytes(NamedTuple):
+    """What stays in memory over a step, in bytes."""
+
+    weights: float
+    """In the run's precision, as the model computes with them."""
+    gradients: float
+    """After the last backward pass of a step."""
+    optimizer: float
+    """float32 masters and AdamW's two moments."""
+
+
+def element_bytes(precision: Literal["fp32", "bf16"]) -> int:
+    """Return the bytes of a number."""
+    return 2 if precision == "bf16" else 4
+
+
+def state_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any], *, data_size: int) -> StateBytes:
+    """Return the bytes of a process that holds these weights (its pieces, its stage) and shares their state with data_size - 1 others.
+
+    config: DeepSpeed's (engine.deepspeed_config).
+    """
+    weights, zero, zero_config = list(weights), run.parallel.zero, config["zero_optimization"]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    share = trained / data_size
+    held = float(sum(weight.numel() for weight in weights))
+    if zero == 3:
+        # Small weights stay whole beside their pieces.
+        threshold = zero_config.get("stage3_param_persistence_threshold", 10 ** 5)
+        held = held / data_size + sum(weight.numel() for weight in weights if weight.numel() <= threshold)
+    # With bf16, ZeRO 1 keeps the micro-step's bf16 gradients beside the float32 sums of all; ZeRO 2 and 3 keep a share of the sums alone.
+    gradients = 4 * share if zero >= 2 else (6 if run.precision == "bf16" else 4) * trained
+    # A second copy of the share, in float32, even where the weights themselves are.
+    masters = 0 if zero == 0 else 4 * share
+    moments = 8 * (trained if zero == 0 else share) if run.optim.kind == "adamw" else 0
+    if zero_config.get("offload_optimizer", {}).get("device") == "cpu":
+        gradients = masters = moments = 0.0
+    return StateBytes(element_bytes(run.precision) * held, gradients, masters + moments)
+
+
+def buffer_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any]) -> float:
+    """Return the bytes of DeepSpeed's largest working buffers: gradients on their way, and under ZeRO 3 the weights gathered at once."""
+    weights, element, zero_config = list(weights), element_bytes(run.precision), config["zero_optimization"]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    bucket: float = element * zero_config.get("reduce_bucket_size", 5 * 10 ** 8)
+    match run.parallel.zero:
+        case 0:
+            return min(bucket, element * trained)
+        case 1 if run.precision == "bf16":
+            # The float32 sums are copied to bf16 before they are sent, unless the template says that they are sent as they are.
+            return 0.0 if config.get("communication_data_type") == "fp32" else element * trained
+        case 3:
+            at_once: float = min(sum(weight.numel() for weight in weights), zero_config.get("stage3_max_live_parameters", 10 ** 9))
+            return bucket + element * at_once
+        case _:
+            return bucket

@@ -1,0 +1,39 @@
+"""`flm plan`'s bytes of weights, gradients and optimizer state against what DeepSpeed's engines hold, rank by rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flm_scale.plan import Machine, estimate, open_model
+from tests.distributed.memory_worker import LAYOUTS, small_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One launch a number of processes."""
+    out = tmp_path_factory.mktemp("memory")
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for size in LAYOUTS:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+                   "-m", "tests.distributed.memory_worker", str(out)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize(("size", "cut"), [(size, cut) for size, cuts in LAYOUTS.items() for cut in cuts], ids=str)
+def test_planned_bytes_are_those_that_deepspeed_holds(measured: Path, size: int, cut: tuple[int, int, int, str]) -> None:
+    run = small_run(*cut)
+    planned = estimate(run, Machine(nodes=1, gpus_per_node=size), open_model(run))
+    for rank in range(size):
+        found = json.loads((measured / f"{'-'.join(map(str, cut))}-rank{rank}.json").read_text())
+        expected = planned.memory[planned.layout.stage(rank)]
+        for part in ("weights", "gradients", "optimizer"):
+            assert getattr(expected, part) == pytest.approx(found[part], rel=0.15), f"{part} of rank {rank}"
+        assert sum(expected[:3]) == pytest.approx(sum(found.values()), rel=0.05), f"rank {rank}"

@@ -1,0 +1,89 @@
+"""What the formula says is kept for the backward pass, against what autograd keeps."""
+
+import pytest
+import torch
+from torch import nn
+
+from flm_scale.batch import State
+from flm_scale.config import Run, SmallVisionConfig, TextConfig
+from flm_scale.model.assemble import build_model
+from flm_scale.model.parts import TARGETS_PER_CHUNK
+from flm_scale.observe.cost import BatchShapes, vision_shape
+from flm_scale.observe.footprint import footprints
+from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run
+
+
+def small_run(objective: str = "flm", *, trainable: bool = True, **changes: object) -> Run:
+    """Wide enough that what the formula leaves out is little: two numbers a norm's row, one an attention row, and integers."""
+    return tiny_run(objective, vision=SmallVisionConfig(image_size=32, patch_size=8, width=192, layers=3, heads=4, trainable=trainable),
+                    text=TextConfig(width=256, heads=4, bottom_layers=2, fusion_layers=2, reconstructor_bottom_layers=1,
+                                    reconstructor_fusion_layers=1, vocab_size=60, max_length=16)).replace(**changes)
+
+
+def bytes_kept(layers: nn.ModuleDict, state: State) -> dict[str, int]:
+    """Run the layers and return the bytes of memory that autograd begins to keep in each, integers left out."""
+    seen = {weight.untyped_storage().data_ptr() for weight in layers.parameters()}
+    kept = dict.fromkeys(layers, 0)
+    graph = []
+    for name, layer in layers.items():
+        def keep(tensor: torch.Tensor, name: str = name) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen and tensor.is_floating_point():
+                seen.add(storage.data_ptr())
+                kept[name] += storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            state = layer(state)
+        graph.append(state)  # or memory would be used again under the same address
+    return kept
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"precision": "bf16"}, {"trainable": False}], ids=["fp32", "post", "bf16", "frozen"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_kept_bytes_are_autograds_layer_by_layer(objective: str, changes: dict) -> None:
+    norm, changes = changes.get("norm", "pre"), {key: value for key, value in changes.items() if key != "norm"}
+    run = small_run(objective, **changes)
+    run = run.replace(text=run.text.replace(norm=norm))
+    layers = build_model(run, objective_of(run)).layers.to(torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    state = random_batch(run.replace(vision=run.vision), seed=3).state
+    state = state._replace(rows=torch.randint(256, (len(state.rows), 3, 32, 32), dtype=torch.uint8))
+    kept = bytes_kept(layers, state)
+    expected = footprints(run, BatchShapes.of(state), vision_shape(run.vision), longest=state.slots.shape[1])
+    assert list(expected) == list(kept)
+    # The decoder keeps its last chunk by itself, out of autograd's sight.
+    kept["head"] += 4 * min(len(state.target_rows), TARGETS_PER_CHUNK) * 60
+    for name, found in kept.items():
+        assert expected[name].saved == pytest.approx(found, rel=0.06, abs=3000), name
+    assert sum(layer.saved for layer in expected.values()) == pytest.approx(sum(kept.values()), rel=0.03)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bytes_summed_over_the_tensor_group_come_out_of_row_linears_and_back_into_column_linears(objective: str) -> None:
+    run = small_run(objective)
+    state = random_batch(run, seed=3).state
+    state = state._replace(rows=torch.randint(256, (len(state.rows), 3, 32, 32), dtype=torch.uint8))
+    layers = build_model(run, objective_of(run)).layers
+    summed = dict.fromkeys(layers, 0)
+    for name, module in layers.named_modules():
+        layer, kind = name.split(".")[0], name.split(".")[-1]
+        if layer.startswith("vision_"):
+            continue
+        if kind in {"out", "down", "tokens"}:
+            module.register_forward_hook(lambda _, __, out, layer=layer: summed.update({layer: summed[layer] + out.nbytes}))
+        elif kind in {"qkv", "up", "query", "key_value", "decoder"} and name != "text_entry.query":
+            module.register_forward_pre_hook(lambda _, rows, layer=layer: summed.update({layer: summed[layer] + rows[0].nbytes}))
+    bytes_kept(layers, state)
+    expected = footprints(run, BatchShapes.of(state), vision_shape(run.vision), longest=state.slots.shape[1])
+    assert {name: layer.reduced for name, layer in expected.items()} == summed
+
+
+def test_rows_handed_on_are_those_of_the_model() -> None:
+    run = small_run()
+    state = random_batch(run, seed=3).state
+    state = state._replace(rows=torch.randint(256, (len(state.rows), 3, 32, 32), dtype=torch.uint8))
+    expected = footprints(run, BatchShapes.of(state), vision_shape(run.vision), longest=state.slots.shape[1])
+    for name, layer in build_model(run, objective_of(run)).layers.items():
+        if name != "head":
+            state = layer(state)
+            assert expected[name].leaving == state.rows.nbytes, name
