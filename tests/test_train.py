@@ -161,6 +161,7 @@ def test_the_samples_of_a_step_are_told_without_training(trained: Path, capsys: 
 
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "torchrun, four processes": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"],
     "deepspeed": [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus=2"],
 }
 
@@ -179,13 +180,15 @@ def srun(tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
-def test_two_processes_of_any_launcher_give_the_losses_of_one(launcher: str, trained: Path, toy_dataset: Dataset, tmp_path: Path,
-                                                             request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun", "torchrun, four processes"])
+def test_any_launcher_and_a_cut_model_give_the_losses_of_one_process(launcher: str, trained: Path, toy_dataset: Dataset, tmp_path: Path,
+                                                                     request: pytest.FixtureRequest) -> None:
     prefix = request.getfixturevalue("srun") if launcher == "srun" else LAUNCHERS[launcher]
     arguments = ["train", "debug", "--data.path", str(toy_dataset.folder), "--run-dir", str(tmp_path / "run"), *TINY,
                  "--parallel.engine", "deepspeed"]
-    start = {"torchrun": ["-m", "flm_scale"], "deepspeed": ["--module", "flm_scale"], "srun": [sys.executable, "-m", "flm_scale"]}[launcher]
+    if launcher == "torchrun, four processes":
+        arguments += ["--parallel.tensor", "2", "--parallel.pipe", "2"]
+    start = {"deepspeed": ["--module", "flm_scale"], "srun": [sys.executable, "-m", "flm_scale"]}.get(launcher, ["-m", "flm_scale"])
     environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run([*prefix, *start, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
