@@ -2,8 +2,9 @@
 
 import pytest
 
+from flm_scale.config import ParallelConfig
 from flm_scale.errors import ConfigError
-from flm_scale.parallel.mesh import Ranks, find_ranks, first_host
+from flm_scale.parallel.mesh import Layout, Ranks, find_layout, find_ranks, first_host
 
 
 def test_torchruns_variables_are_taken_as_they_are() -> None:
@@ -30,3 +31,17 @@ def test_a_half_set_launcher_is_refused() -> None:
 @pytest.mark.parametrize(("nodes", "first"), [("n0", "n0"), ("n0,n1", "n0"), ("gpu[003-007,9],login", "gpu003"), ("a,b[1-2]", "a"), ("x[7]", "x7")])
 def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def test_ranks_count_tensor_pieces_first_then_replicas_then_stages() -> None:
+    layout = Layout(tensor=2, pipe=3, data=4)
+    places = [(stage, data_index, tensor_index) for stage in range(3) for data_index in range(4) for tensor_index in range(2)]
+    for rank, (stage, data_index, tensor_index) in enumerate(places):
+        assert layout.rank(stage=stage, data_index=data_index, tensor_index=tensor_index) == rank
+        assert (layout.stage(rank), layout.data_index(rank)) == (stage, data_index)
+
+
+def test_processes_that_tensor_and_pipe_do_not_take_up_are_replicas() -> None:
+    assert find_layout(ParallelConfig(engine="deepspeed", tensor=2, pipe=2), world_size=12) == Layout(2, 2, 3)
+    with pytest.raises(ConfigError, match=r"6 process\(es\) cannot be cut .* start a multiple of 4"):
+        find_layout(ParallelConfig(engine="deepspeed", tensor=2, pipe=2), world_size=6)

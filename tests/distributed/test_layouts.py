@@ -18,7 +18,7 @@ from flm_scale.model.assemble import build_model
 from tests.distributed.worker import CURVE_LAYOUTS, LAYOUTS, Case, case_run, file_name
 from tests.synthetic import objective_of, random_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # the first test waits for four launches
 
 ALL = [pytest.param(case, (tensor, pipe, size // (tensor * pipe)), zero, id=file_name(case, tensor=tensor, pipe=pipe, data=size // (tensor * pipe),
                                                                                     zero=zero).removesuffix(".pt"))
