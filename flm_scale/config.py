@@ -237,6 +237,8 @@ class LogConfig(Section):
     validate_every_steps: int = Field(0, ge=0)
     validation_split: str = "val"
     save_every_steps: int = Field(0, ge=0)
+    stall_timeout: float = Field(600.0, ge=0)
+    """Seconds after which a job that gets nowhere ends and names the rank at fault: well above the longest step, save or validation batch."""
     peak_tflops: float = Field(0.0, ge=0)
     """Peak of one device for the model FLOPs utilisation; 0 looks it up, or measures it on a CPU."""
 

@@ -6,10 +6,16 @@ is due validate and save. Every process of the launcher runs this same code; ran
 
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.weights import save_weights
@@ -23,9 +29,11 @@ from flm_scale.model.assemble import build_model
 from flm_scale.model.vision import named_sizes
 from flm_scale.objectives.objective import Objective, build_objective
 from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_shape
+from flm_scale.observe.heartbeat import Heartbeat
 from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.observe.metrics import MetricsLog
 from flm_scale.observe.progress import Progress
+from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
 from flm_scale.parallel.mesh import find_layout, find_ranks
 
@@ -56,33 +64,65 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     def validation_batches() -> Iterator[Batch]:
         return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
 
-    if engine.rank == 0:
-        announce(run, run_dir, dataset, engine)
-    steps(run, run_dir, engine, loader, objective, validation_batches)
+    # The recorder comes first: its live line belongs on the console and not into the log.
+    with closing(Recorder(run, run_dir, engine)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
+            Heartbeat(run_dir, rank=ranks.rank, size=ranks.size, timeout_seconds=run.log.stall_timeout, log=log) as heartbeat:
+        recorder.start()
+        if engine.rank == 0:
+            announce(run, run_dir, dataset, engine)
+        steps(run, run_dir, engine, loader, objective, validation_batches, recorder=recorder, heartbeat=heartbeat)
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]]) -> None:
-    """Take every step of the run."""
-    recorder = Recorder(run, run_dir, engine)
-    recorder.start()
-    try:
+def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]], *,
+          recorder: "Recorder", heartbeat: Heartbeat) -> None:
+    """Take every step of the run, or those until SIGTERM."""
+    with sigterm_asks() as asked:
         for step in range(run.steps):
             started = time.perf_counter()
+            heartbeat.beat(step + 1, "load")
             batches = loader.next_step()
             waited = time.perf_counter() - started
+            heartbeat.beat(step + 1, "train")
             recorder.count(batches)
             result = engine.train_step(batches, step=step)
             recorder.step(step + 1, {"loss": result.loss, **part_values(objective, result.sums), "grad_norm": result.grad_norm, "lr": result.lr},
                           seconds=time.perf_counter() - started, waited=waited)
-            if due(run.log.validate_every_steps, step + 1, run.steps):
-                sums = engine.evaluate(validation_batches())
+            stops = any_rank(asked.is_set(), engine.device)
+            if due(run.log.validate_every_steps, step + 1, run.steps) and not stops:
+                sums = engine.evaluate(heartbeat.along(step + 1, "validate", validation_batches()))
                 recorder.validation(step + 1, {"loss": float(total_loss(sums, objective, sums.count)), **part_values(objective, sums)})
-            if due(run.log.save_every_steps, step + 1, run.steps, always_last=True):
+            if due(run.log.save_every_steps, step + 1, step + 1 if stops else run.steps, always_last=True):
+                heartbeat.beat(step + 1, "save")
                 weights = engine.weights()
                 if engine.rank == 0:
                     save_weights(run_dir, weights, run, step=step + 1, loader_state=loader.state)
+            if stops:
+                if engine.rank == 0:
+                    print(f"flm: stopped by SIGTERM after step {step + 1} of {run.steps}, weights saved", file=sys.stderr)
+                return
+
+
+@contextmanager
+def sigterm_asks() -> Iterator[threading.Event]:
+    """Let SIGTERM set the event instead of ending the process. A thread, as Ray runs this in, can take no signals; there it stays unset."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda _signal, _frame: asked.set())
+    try:
+        yield asked
     finally:
-        recorder.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def any_rank(asks: bool, device: torch.device) -> bool:
+    """Return whether any rank asks. A signal reaches them at different moments, and they must stop after the same step."""
+    if not dist.is_initialized():
+        return asks
+    count = torch.tensor(float(asks), device=device)
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:

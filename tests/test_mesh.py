@@ -1,10 +1,13 @@
 """Ranks from the variables of each launcher."""
 
+import socket
+
 import pytest
+import torch.distributed as dist
 
 from flm_scale.config import ParallelConfig
 from flm_scale.errors import ConfigError
-from flm_scale.parallel.mesh import Layout, Ranks, find_layout, find_ranks, first_host
+from flm_scale.parallel.mesh import Layout, Ranks, find_layout, find_ranks, first_host, no_meeting
 
 
 def test_torchruns_variables_are_taken_as_they_are() -> None:
@@ -45,3 +48,17 @@ def test_processes_that_tensor_and_pipe_do_not_take_up_are_replicas() -> None:
     assert find_layout(ParallelConfig(engine="deepspeed", tensor=2, pipe=2), world_size=12) == Layout(2, 2, 3)
     with pytest.raises(ConfigError, match=r"6 process\(es\) cannot be cut .* start a multiple of 4"):
         find_layout(ParallelConfig(engine="deepspeed", tensor=2, pipe=2), world_size=6)
+
+
+def test_a_port_in_use_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        environ = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(dist.DistError) as raised:
+            dist.init_process_group("gloo")
+    message = str(no_meeting(raised.value, environ))
+    assert message.startswith(f"the 1 processes cannot meet at 127.0.0.1:{environ['MASTER_PORT']}: the port is in use; set MASTER_PORT")
+    assert "\n" not in message

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -166,31 +165,16 @@ LAUNCHERS = {
 }
 
 
-@pytest.fixture
-def srun(tmp_path: Path) -> Iterator[list[str]]:
-    """A command that starts two tasks, one on each node of a real Slurm cluster. Skipped where Slurm is not installed, but not in CI."""
-    if not (shutil.which("slurmctld") and shutil.which("munged") and os.geteuid() == 0):
-        assert not os.environ.get("CI"), ".ci/run installs slurm-wlm and munge"
-        pytest.skip("needs root and Debian's slurm-wlm and munge")
-    script, folder = str(Path(__file__).with_name("slurm-cluster")), str(tmp_path / "slurm")
-    subprocess.run([script, "start", folder], check=True, timeout=60)
-    # The nodes' names are in no DNS, so the meeting point that would be the first of them is given.
-    yield ["env", f"SLURM_CONF={folder}/slurm.conf", "MASTER_ADDR=127.0.0.1", "srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
-    subprocess.run([script, "stop", folder], check=True, timeout=60)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun", "torchrun, four processes"])
-def test_any_launcher_and_a_cut_model_give_the_losses_of_one_process(launcher: str, trained: Path, toy_dataset: Dataset, tmp_path: Path,
-                                                                     request: pytest.FixtureRequest) -> None:
-    prefix = request.getfixturevalue("srun") if launcher == "srun" else LAUNCHERS[launcher]
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_any_launcher_and_a_cut_model_give_the_losses_of_one_process(launcher: str, trained: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
     arguments = ["train", "debug", "--data.path", str(toy_dataset.folder), "--run-dir", str(tmp_path / "run"), *TINY,
                  "--parallel.engine", "deepspeed"]
     if launcher == "torchrun, four processes":
         arguments += ["--parallel.tensor", "2", "--parallel.pipe", "2"]
-    start = {"deepspeed": ["--module", "flm_scale"], "srun": [sys.executable, "-m", "flm_scale"]}.get(launcher, ["-m", "flm_scale"])
+    start = ["--module" if launcher == "deepspeed" else "-m", "flm_scale"]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*prefix, *start, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*LAUNCHERS[launcher], *start, *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     one, two = ([line["loss"] for line in lines_of(run_dir) if "loss" in line] for run_dir in (trained, tmp_path / "run"))
     assert two == pytest.approx(one, rel=1e-5)

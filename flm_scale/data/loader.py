@@ -4,9 +4,12 @@ order.py says which samples make micro-batch k; workers read, decode, corrupt an
 state is small JSON without a rank or a worker count in it, so a run goes on with the next sample on any layout.
 """
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -137,4 +140,16 @@ def costs_of(token_ids: list[list[np.ndarray]], objective: Objective) -> list[li
 def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Order], *, workers: int) -> "DataLoader[Batch]":
     """Return torch's loader over our orders: it keeps their sequence whatever the number of workers."""
     return DataLoader(dataset, batch_size=None, sampler=orders, num_workers=workers, prefetch_factor=4 if workers else None,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm)
+
+
+def outlive_sigterm(_worker: int) -> None:
+    """Ignore a SIGTERM that is not the training process's own: launchers send theirs to workers too, but the step is to be finished."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    Thread(target=end_with_parent, daemon=True).start()

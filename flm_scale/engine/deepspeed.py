@@ -36,7 +36,7 @@ from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
 from flm_scale.model.assemble import TIED_WITH, VisionLanguageModel, layer_builders, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.objectives.objective import Objective
-from flm_scale.parallel.mesh import Layout, find_layout, find_ranks
+from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
 
 if not torch.cuda.is_available():  # read when DeepSpeed is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -74,7 +74,10 @@ class _Processes:
         self.config = merge_deepspeed(read_template(run.parallel), run, data_parallel_size=self.data_size)
         self.averaged_away = micro_steps(run.batch, data_parallel_size=self.data_size) * self.data_size
         """DeepSpeed averages over micro-steps and ranks; our loss is already a share of the global one, so that is multiplied back."""
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        except dist.DistError as error:
+            raise no_meeting(error, os.environ) from error
         self.parts: Parts = PlainParts()
         self.tensor_group: dist.ProcessGroup | None = None
         if self.layout.tensor > 1:

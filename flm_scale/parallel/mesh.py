@@ -47,6 +47,13 @@ def first_host(node_list: str) -> str:
     return head + number
 
 
+def no_meeting(error: Exception, environ: Mapping[str, str]) -> ConfigError:
+    """Return what to say when torch could not bring the processes together: a port in use, a host that is not found, ranks that never came."""
+    reason = "the port is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+    return ConfigError(f"the {environ['WORLD_SIZE']} processes cannot meet at {environ['MASTER_ADDR']}:{environ['MASTER_PORT']}: {reason}; set "
+                       "MASTER_PORT to a free port, and MASTER_ADDR to a host that all of them reach")
+
+
 class Layout(NamedTuple):
     """How many ways the work is cut. Ranks count tensor pieces first, then data, then stages, as DeepSpeed and megatron-core do."""
 
