@@ -137,6 +137,7 @@ def test_a_norm_that_never_saw_single_tokens_is_replaced_by_a_fresh_one(
     assert bool((model.layers["vision_exit"].fresh_norm.weight == 1).all())
 
 
+@pytest.mark.slow
 def test_every_name_of_open_clip_is_a_vit_or_refused() -> None:
     """Refused are convolutions, windows, relative positions, and ViTs behind a convolutional stem. One resolution of each tower will do."""
     import open_clip
