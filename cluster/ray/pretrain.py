@@ -29,12 +29,13 @@ def work(job: dict[str, list[str]]) -> None:
 
 def explain(error: TrainingFailedError) -> str:
     """Return one line on why the workers ended."""
-    failures = getattr(error, "worker_failures", {})
-    # Ray reports a worker that is gone with an error of its own; the others' broken connections only follow from that.
-    lost = [str(rank) for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
+    failures = {rank: str(failure).strip() for rank, failure in getattr(error, "worker_failures", {0: error}).items()}
+    # A worker that raised comes with its traceback. One without is gone, and the others' broken connections only follow from it.
+    lost = [str(rank) for rank, failure in failures.items() if 'File "' not in failure]
     if lost:
         return f"lost rank {', '.join(lost)}, with its process or its node"
-    return "; ".join(f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in sorted(failures.items())[:1]) or str(error)
+    rank, failure = min(failures.items())
+    return f"rank {rank}: {failure.splitlines()[-1]}"
 
 
 def main() -> int:
