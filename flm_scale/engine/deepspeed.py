@@ -71,6 +71,8 @@ class _Processes:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
+            # An all-reduce for inference, which every first start would compile with g++.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = merge_deepspeed(read_template(run.parallel), run, data_parallel_size=self.data_size)
         self.averaged_away = micro_steps(run.batch, data_parallel_size=self.data_size) * self.data_size
         """DeepSpeed averages over micro-steps and ranks; our loss is already a share of the global one, so that is multiplied back."""

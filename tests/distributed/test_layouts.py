@@ -15,7 +15,7 @@ import torch
 
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.assemble import build_model
-from tests.distributed.worker import CURVE_LAYOUTS, LAYOUTS, Case, case_run, file_name
+from tests.distributed.worker import LAYOUTS, Case, case_run, file_name
 from tests.synthetic import objective_of, random_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # the first test waits for four launches
@@ -94,7 +94,7 @@ def test_a_layout_trains_like_one_process(outcomes: Path, case: Case, layout: tu
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replicated_weights_are_the_same_to_the_bit_after_a_hundred_steps(outcomes: Path, precision: str) -> None:
+def test_replicated_weights_are_the_same_to_the_bit_after_many_steps(outcomes: Path, precision: str) -> None:
     """Over tensor ranks; and the tied table over the stages that hold a copy of it."""
     found = torch.load(outcomes / f"{precision}-22.pt")
     assert found["differ"] == []
@@ -104,10 +104,10 @@ def test_replicated_weights_are_the_same_to_the_bit_after_a_hundred_steps(outcom
         assert torch.equal(*copies)
 
 
-@pytest.mark.parametrize("layout", CURVE_LAYOUTS.values())
-def test_bf16_follows_the_float32_curve(outcomes: Path, layout: tuple[int, int, int]) -> None:
-    tensor, pipe, _ = layout
-    bf16, fp32 = (torch.tensor(torch.load(outcomes / f"{precision}-{tensor}{pipe}.pt")["losses"]) for precision in ("bf16", "fp32"))
+@pytest.mark.parametrize("layout", ["11", "22"], ids=["1,1,1", "2,2,1"])
+def test_bf16_follows_the_float32_curve_for_a_hundred_steps(outcomes: Path, layout: str) -> None:
+    bf16, fp32 = (torch.tensor(torch.load(outcomes / f"{name}.pt")["losses"]) for name in (f"bf16-{layout}", "fp32-11"))
+    assert len(bf16) == 100
     assert float(((bf16 - fp32).abs() / fp32).max()) < 0.01
 
 

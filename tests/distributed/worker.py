@@ -20,8 +20,6 @@ from flm_scale.model.assemble import layer_builders
 from flm_scale.model.parts import PlainParts, shard_of
 from tests.synthetic import objective_of, random_batch, tiny_run
 
-CURVE_STEPS = 100
-
 
 class Case(NamedTuple):
     """What is trained, whatever the layout."""
@@ -48,7 +46,8 @@ LAYOUTS = {
     + [((2, 1, zero), CASES[:3]) for zero in (2, 3)],
     4: [((1, 1, zero), SPLITS) for zero in range(4)] + [(layout, CASES) for layout in ((2, 1, 1), (1, 2, 1), (2, 2, 1))] + [((2, 1, 3), CASES[:2])],
     8: [((2, 2, 1), CASES)]}
-CURVE_LAYOUTS = {1: (1, 1, 1), 4: (2, 2, 1)}
+# By number of processes: (tensor, pipe), precision and steps of the long runs.
+LONG_RUNS = {1: [((1, 1), "fp32", 100), ((1, 1), "bf16", 100)], 4: [((2, 2), "fp32", 20), ((2, 2), "bf16", 100)]}
 
 
 def case_run(case: Case, *, data: int, parallel: ParallelConfig | None = None) -> Run:
@@ -77,15 +76,15 @@ def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
     data = size // (parallel.tensor * parallel.pipe)
     run = case_run(case, data=data, parallel=parallel)
     engine = engine_of(run)
-    first, gradients = engine.weights(), [{}]
+    first, gradients, curve = engine.weights(), {}, []
     take_step = engine.engine._take_model_step
 
     def look_and_step(*args: object, **kwargs: object) -> None:
-        gradients.append(engine.gathered(safe_get_full_grad))
+        if len(curve) == case.steps - 1:  # the last step's; each weight's is a collective
+            gradients.update(engine.gathered(safe_get_full_grad))
         take_step(*args, **kwargs)
 
     engine.engine._take_model_step = look_and_step
-    curve = []
     for step in range(case.steps):
         batches = [random_batch(run, seed=1000 * step + i) for i in range(run.batch.micro_batches)]
         result = engine.train_step(batches[engine.data_index :: data], step=step)
@@ -93,7 +92,7 @@ def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
     evaluation = engine.evaluate([random_batch(run, seed=7 + engine.data_index)])
     weights = engine.weights()
     if engine.rank == 0:
-        torch.save({"first": first, "gradients": gradients[-1], "curve": curve, "weights": weights, "evaluation": vars(evaluation)},
+        torch.save({"first": first, "gradients": gradients, "curve": curve, "weights": weights, "evaluation": vars(evaluation)},
                    out / file_name(case, tensor=parallel.tensor, pipe=parallel.pipe, data=data, zero=parallel.zero))
 
 
@@ -110,13 +109,13 @@ def close_groups() -> None:
     gc.collect()
 
 
-def long_run(precision: str, tensor: int, pipe: int, out: Path) -> None:
-    """A hundred steps: the losses; and whether weights that several processes hold are still the same on all of them."""
-    case = Case("flm", "adamw", 0.5, 4, tied=True, shard_images=True)
+def long_run(tensor: int, pipe: int, precision: str, steps: int, out: Path) -> None:
+    """The losses of many steps; and whether weights that several processes hold are still the same on all of them."""
+    case = Case("flm", "adamw", 0.5, 2, tied=True, shard_images=True)
     run = case_run(case, data=1, parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, vision="shard_batch"))
-    run = run.replace(precision=precision, steps=CURVE_STEPS, optim=run.optim.replace(eps=1e-8))
+    run = run.replace(precision=precision, steps=steps, optim=run.optim.replace(eps=1e-8))
     engine = engine_of(run)
-    losses = [engine.train_step([random_batch(run, seed=1000 * (step % 10) + i) for i in range(4)], step=step).loss for step in range(CURVE_STEPS)]
+    losses = [engine.train_step([random_batch(run, seed=1000 * (step % 10) + i) for i in range(2)], step=step).loss for step in range(steps)]
     differ = []
     if tensor > 1:
         for name, parameter in engine.layers.named_parameters():
@@ -158,6 +157,7 @@ def look_at_parts(out: Path) -> None:
 
 def main(out: Path) -> None:
     size = int(os.environ["WORLD_SIZE"])
+    gc.freeze()  # what is imported stays; each case's garbage is found at once
     for (tensor, pipe, zero), cases in LAYOUTS[size]:
         for case in cases:
             parallel = ParallelConfig(engine="deepspeed", zero=zero, tensor=tensor, pipe=pipe,
@@ -166,11 +166,9 @@ def main(out: Path) -> None:
             close_groups()
     if size == 2:
         look_at_parts(out)
-    if size in CURVE_LAYOUTS:
-        tensor, pipe, _ = CURVE_LAYOUTS[size]
-        for precision in ("fp32", "bf16"):
-            long_run(precision, tensor, pipe, out)
-            close_groups()
+    for (tensor, pipe), precision, steps in LONG_RUNS.get(size, []):
+        long_run(tensor, pipe, precision, steps, out)
+        close_groups()
 
 
 if __name__ == "__main__":
