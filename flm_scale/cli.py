@@ -81,30 +81,35 @@ def tokenizer_show(folder: RunDir, texts: Annotated[list[str], tyro.conf.Positio
         print(" ".join(tokenizer.pieces(tokenizer.encode(text, max_length=1000))))
 
 
-def eval_run(run_dir: RunDir, *, task: Literal["vqa", "caption", "retrieval"], split: str = "test") -> None:
-    """Score a trained run and write RUN/evals/TASK.json.
+def eval_run(run_dir: RunDir, *, task: Literal["vqa", "caption", "retrieval"], split: str = "test", tensor: int = 1, pipe: int = 1) -> None:
+    """Score a trained run and write RUN/evals/TASK.json: alone, or in every process of torchrun, deepspeed or srun.
 
     Args:
         run_dir: of a trained run.
         task: vqa fine-tunes on the training questions first, from the run's weights and from random.
         split: of the run's dataset.
+        tensor: processes that share the text layers' matrices, heads and vocabulary, whatever the layout was in training.
+        pipe: pipeline stages that the layers are cut into. The processes / (tensor * pipe) replicas share the pictures.
     """
     from flm_scale.evals.run import evaluate
 
-    evaluate(run_dir, task=task, split=split)
+    evaluate(run_dir, task=task, split=split, tensor=tensor, pipe=pipe)
 
 
-def caption(run_dir: RunDir, images: Annotated[list[Path], tyro.conf.Positional], *, out: Path | None = None) -> None:
+def caption(run_dir: RunDir, images: Annotated[list[Path], tyro.conf.Positional], *, out: Path | None = None, tensor: int = 1,
+            pipe: int = 1) -> None:
     """Print what a trained run says of pictures, and draw it on them.
 
     Args:
         run_dir: of a trained run.
         images: picture files.
         out: folder for the pictures with their captions; RUN/samples by default.
+        tensor: processes that share the text layers' matrices, heads and vocabulary.
+        pipe: pipeline stages that the layers are cut into.
     """
     from flm_scale.evals.show import caption_files
 
-    caption_files(run_dir, images, out=out or run_dir / "samples")
+    caption_files(run_dir, images, out=out or run_dir / "samples", tensor=tensor, pipe=pipe)
 
 
 def report(run_dir: RunDir) -> None:

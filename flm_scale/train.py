@@ -19,16 +19,15 @@ import torch.distributed as dist
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.weights import save_weights
-from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, micro_steps
+from flm_scale.config import Run, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import ConfigError, DataError
 from flm_scale.model.assemble import build_model
-from flm_scale.model.vision import named_sizes
 from flm_scale.objectives.objective import Objective, build_objective
-from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_shape
+from flm_scale.observe.cost import BatchShapes, forward_flops, shape_of, training_flops
 from flm_scale.observe.heartbeat import Heartbeat
 from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.observe.metrics import MetricsLog
@@ -159,11 +158,6 @@ def build_engine(run: Run, objective: Objective) -> Engine:
     if ranks.size > 1:
         raise ConfigError(f"parallel.engine 'local' is one process, but the launcher started {ranks.size}; add --parallel.engine deepspeed")
     return LocalEngine(run, build_model(run, objective), objective)
-
-
-def shape_of(config: OpenClipVisionConfig | SmallVisionConfig) -> VisionShape:
-    """Return the sizes of a run's tower."""
-    return vision_shape(config, None if isinstance(config, SmallVisionConfig) else named_sizes(config.name))
 
 
 def part_values(objective: Objective, sums: LossSums) -> dict[str, float]:

@@ -8,6 +8,8 @@
 import json
 import os
 import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError
+from flm_scale.model.parts import fill, whole_shape
 
 
 def save_weights(run_dir: Path, weights: dict[str, Tensor], run: Run, *, step: int, loader_state: dict[str, Any]) -> Path:
@@ -52,28 +55,44 @@ def read_run(run_dir: Path) -> Run:
     return Run.model_validate_json(path.read_text())
 
 
-def load_weights(layers: nn.Module, folder: Path, *, except_for: str = "") -> frozenset[str]:
-    """Fill the layers from a folder and return the names filled; strict, but for layers named `except_for`, which keep what they have.
+def load_weights(layers: nn.Module, folder: Path, *, elsewhere: Collection[str] = (), except_for: str = "") -> None:
+    """Fill the layers from a folder; of a weight that is cut over processes only the piece that is held here is read.
 
-    Raises CheckpointError that names the first weights that are missing, left over or of another shape.
+    elsewhere: the model's other layers, which other processes hold.   except_for: a module that keeps what it has.
+    Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()
+              if not (except_for and name.startswith(f"{except_for}."))}
+    with _opened(folder) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()  # noqa: SIM118 - it is no dict
+                  if name in wanted or not (name.split(".", 1)[0] in elsewhere or (except_for and name.startswith(f"{except_for}.")))}
+        wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
+                 for name in sorted(wanted.keys() | shapes.keys())
+                 if name not in shapes or name not in wanted or shapes[name] != whole_shape(wanted[name])]
+        if wrong:
+            raise CheckpointError(f"{folder}: weights of another model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+        for name, parameter in wanted.items():
+            fill(parameter, file.get_slice(name))
+
+
+def read_weight(folder: Path, name: str) -> Tensor:
+    """Return one weight of a folder, whole. Raises CheckpointError when it is not there."""
+    with _opened(folder) as file:
+        if name not in file.keys():  # noqa: SIM118
+            raise CheckpointError(f"{folder}: weights of another model: '{name}' is missing")
+        weight: Tensor = file.get_tensor(name)
+        return weight
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        weights = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: weights cannot be read ({error}); use an older step") from error
-    wanted = {name: parameter for name, parameter in layers.named_parameters() if not (except_for and name.startswith(f"{except_for}."))}
-    weights = {name: tensor for name, tensor in weights.items() if not (except_for and name.startswith(f"{except_for}."))}
-    wrong = [f"'{name}' {'is missing' if name not in weights else 'is not in the model' if name not in wanted else 'has another shape'}"
-             for name in sorted(wanted.keys() | weights.keys())
-             if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape]
-    if wrong:
-        raise CheckpointError(f"{folder}: weights of another model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
-    for name, parameter in wanted.items():
-        parameter.data.copy_(weights[name])
-    return frozenset(wanted)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,7 +34,7 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
-from flm_scale.model.assemble import TIED_WITH, VisionLanguageModel, layer_builders, pretrained_names, run_layers, tie
+from flm_scale.model.assemble import TIED_WITH, assemble, layer_builders, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.objectives.objective import Objective
 from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
@@ -147,10 +148,7 @@ class PlainDeepSpeedEngine(_Processes):
 
     def __init__(self, run: Run, task: Objective) -> None:
         super().__init__(run, task)
-        layers = {name: build() for name, build in layer_builders(run, task, self.parts).items()}
-        if run.text.tied:
-            tie(layers)
-        model = VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers))
+        model = assemble(run, layer_builders(run, task, self.parts))
         self.layers, self.num_weights = model.layers, count_weights(model.layers)
         more = {}
         if self.tensor_group is not None:
@@ -205,12 +203,17 @@ class _Mpu:
 class PipelineDeepSpeedEngine(_Processes):
     """DeepSpeed's pipeline engine over the layer list, cut into stages."""
 
-    def __init__(self, run: Run, task: Objective, *, bounds: Sequence[int]) -> None:
-        """bounds: the stages' first layers by their place in the list, and the list's length behind them."""
+    def __init__(self, run: Run, task: Objective, *, bounds: Sequence[int],
+                 builders: Callable[[Parts], dict[str, Callable[[], nn.Module]]] | None = None) -> None:
+        """bounds: the stages' first layers by their place in the list, and the list's length behind them.
+
+        builders: what builds the list of these parts, where it is not the run's own with its initial weights.
+        """
         super().__init__(run, task)
         self.sums: list[LossSums] = []
         """Of the micro-batches that this rank, on the last stage, has scored."""
-        stage = _Stage(run, layer_builders(run, task, self.parts), bounds, self.layout, self._score_labelled)
+        build = builders or partial(layer_builders, run, task)
+        stage = _Stage(run, build(self.parts), bounds, self.layout, self._score_labelled)
         self.layers, grid = stage.layers, stage.mpu()
         self.data_group, self.pipe_group = grid.get_data_parallel_group(), grid.get_pipe_parallel_group()
         if self.tensor_group is not None:
@@ -336,5 +339,5 @@ class _Stage(PipelineModule):  # type: ignore[misc]
                     weight = self.layers.get_parameter(table if self.stage_id == owners[0] else copy)
                     self.ties.append((weight, group))
         if self.stage_id == owners[1]:
-            # The optimizer and the gradient norm treat it as what it is: the table, counted once.
-            weight.tied_to, weight.ds_pipe_replicated = table, True  # type: ignore[attr-defined]
+            # The gradient norm treats it as what it is: the table, counted once.
+            weight.ds_pipe_replicated = True  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from flm_scale.errors import DataError
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.model.generate import generate
 from flm_scale.objectives.objective import Objective
+from flm_scale.parallel.processes import Processes
 
 BEAMS = 5
 IMAGES_PER_BATCH = 64
@@ -32,8 +33,8 @@ class Caption(NamedTuple):
     """Mean log-probability of a token, in nats."""
 
 
-def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective,
-                     split: str) -> dict[str, Any]:
+def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective, split: str,
+                     processes: Processes) -> dict[str, Any]:
     """Return the content of evals/caption.json, over the pictures that have a caption. Raises DataError when there is none."""
     from rich.progress import track
 
@@ -41,14 +42,14 @@ def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, toke
     if not images:
         raise DataError(f"--split {split}: no picture with a caption; score another split")
     said: dict[str, list[str]] = {"greedy": [], "beam": []}
-    batches = list(batches_of(images))
-    for chosen in track(batches, description="captions", transient=True):
+    batches = list(batches_of(processes.share(images)))
+    for chosen in track(batches, description="captions", transient=True, disable=processes.rank > 0):
         pixels = read_pixels(index, chosen, size=run.vision.image_size)
         for kind, beams in (("greedy", 1), ("beam", BEAMS)):
             captions = write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams)
             said[kind] += [caption.text for caption in captions]
     references = [index.captions[image] for image in images]
-    scores = {kind: score_captions(captions, references) for kind, captions in said.items()}
+    scores = {kind: score_captions(processes.gather(captions), references) for kind, captions in said.items()}
     return {"task": "caption", "split": split, "num_images": len(images), **scores}
 
 

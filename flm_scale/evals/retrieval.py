@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from flm_scale.config import Run
 from flm_scale.data.pack import pack
@@ -20,6 +19,7 @@ from flm_scale.errors import DataError
 from flm_scale.evals.caption import read_pixels
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.objectives.objective import Objective
+from flm_scale.parallel.processes import Processes
 
 MOST_IMAGES = 200
 """The split's first pictures with a caption: pairs grow with the square, and 200 are scored in seconds."""
@@ -27,14 +27,14 @@ TOKENS_PER_BATCH = 4096
 RANKS = (1, 5, 10)
 
 
-def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective,
-                       split: str) -> dict[str, Any]:
+def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective, split: str,
+                       processes: Processes) -> dict[str, Any]:
     """Return the content of evals/retrieval.json; recalls are shares in [0, 1]. Raises DataError when no picture has a caption."""
     images = [image for image, captions in enumerate(index.captions) if captions][:MOST_IMAGES]
     if not images:
         raise DataError(f"--split {split}: no picture with a caption; score another split")
     texts = sorted({caption for image in images for caption in index.captions[image]})
-    likelihoods = score_pairs(run, model, images, texts, index=index, tokenizer=tokenizer, objective=objective)
+    likelihoods = score_pairs(run, model, images, texts, index=index, tokenizer=tokenizer, objective=objective, processes=processes)
     hits = np.array([[text in index.captions[image] for text in texts] for image in images])
     return {"task": "retrieval", "split": split, "num_images": len(images), "num_texts": len(texts), "score": "likelihood",
             "image_to_text": recall(likelihoods, hits), "text_to_image": recall(likelihoods.T, hits.T),
@@ -43,7 +43,7 @@ def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, to
 
 @torch.no_grad()
 def score_pairs(run: Run, model: VisionLanguageModel, images: list[int], texts: list[str], *, index: Index, tokenizer: Tokenizer,
-                objective: Objective) -> np.ndarray:
+                objective: Objective, processes: Processes) -> np.ndarray:
     """Return the log-likelihood [pictures, texts] of every text given every picture, in nats."""
     from rich.progress import track
 
@@ -51,13 +51,13 @@ def score_pairs(run: Run, model: VisionLanguageModel, images: list[int], texts: 
     together = [view for several in views for view in several]
     text_of_target = torch.tensor([text for text, several in enumerate(views) for view in several for _ in view.target_ids])
     images_per_batch = max(1, TOKENS_PER_BATCH // sum(view.length for view in together))
-    rows: list[Tensor] = []
-    device = next(model.parameters()).device
-    for start in track(range(0, len(images), images_per_batch), description="pairs", transient=True):
-        chosen = images[start:start + images_per_batch]
+    rows: list[np.ndarray] = []
+    mine, device = processes.share(images), next(model.parameters()).device
+    for start in track(range(0, len(mine), images_per_batch), description="pairs", transient=True, disable=processes.rank > 0):
+        chosen = mine[start:start + images_per_batch]
         loss, _ = model(pack([together] * len(chosen), read_pixels(index, chosen, size=run.vision.image_size)).to(device))
-        rows.append(-torch.zeros(len(chosen), len(texts)).index_add_(1, text_of_target, loss.cpu().view(len(chosen), -1)))
-    return torch.cat(rows).numpy()
+        rows.extend(-torch.zeros(len(chosen), len(texts)).index_add_(1, text_of_target, loss.cpu().view(len(chosen), -1)).numpy())
+    return np.stack(processes.gather(rows))
 
 
 def recall(scores: np.ndarray, hits: np.ndarray) -> dict[str, float]:

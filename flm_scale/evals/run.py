@@ -1,50 +1,69 @@
-"""`flm eval`: open a trained run, score one task, print it and write RUN/evals/TASK.json."""
+"""`flm eval`: open a trained run, score one task, print it and write RUN/evals/TASK.json. Every process of a launcher runs this; rank 0 writes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flm_scale.checkpoint.weights import last_weights, load_weights, read_run
-from flm_scale.config import Run
+from flm_scale.config import ParallelConfig, Run
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
-from flm_scale.model.assemble import VisionLanguageModel, build_model
+from flm_scale.model.assemble import VisionLanguageModel, assemble, layer_builders
 from flm_scale.objectives.objective import Objective, build_objective
+from flm_scale.observe.cost import shape_of
+from flm_scale.observe.layer_cost import stage_bounds
+from flm_scale.parallel.mesh import find_layout, find_ranks
+from flm_scale.parallel.processes import Processes, start_processes
 
 
 class TrainedRun(NamedTuple):
     """A run directory, opened."""
 
     run: Run
+    """As it was trained, but for `parallel`, which says how its model is cut now."""
     weights: Path
     dataset: Dataset
     tokenizer: Tokenizer
     objective: Objective
 
-    def model(self) -> VisionLanguageModel:
-        """Return the trained model, on the machine's accelerator where it has one."""
-        import torch
+    def model(self, processes: Processes) -> VisionLanguageModel:
+        """Return what this process holds of the trained model, on its device. Where stages are cut, every call of the model is collective."""
+        builders = layer_builders(self.run, self.objective, processes.parts, load_pretrained=False)
+        names, bounds = list(builders), stage_bounds(self.run, shape_of(self.run.vision))
+        stage = processes.layout.stage(processes.rank)
+        own = names[bounds[stage]:bounds[stage + 1]]
+        model = assemble(self.run, {name: builders[name] for name in own}, relay=processes.relay)
+        load_weights(model.layers, self.weights, elsewhere=set(names) - set(own))
+        return model.to(processes.device)
 
-        model = build_model(self.run, self.objective, load_pretrained=False)
-        load_weights(model.layers, self.weights)
-        return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
+def open_run(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> TrainedRun:
+    """Return the run with its last weights and the very dataset and tokenizer that it was trained on; UserErrors say what is missing.
 
-def open_run(run_dir: Path) -> TrainedRun:
-    """Return the run with its last weights and the very dataset and tokenizer that it was trained on; UserErrors say what is missing."""
+    tensor, pipe: how its model is to be cut over this launch's processes. Raises ConfigError when it cannot be.
+    """
     run = read_run(run_dir)
+    run = run.replace(parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, vision=run.parallel.vision))
+    find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
     weights = last_weights(run_dir)
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     tokenizer = Tokenizer(dataset.tokenizer_file)
+    stage_bounds(run, shape_of(run.vision))  # more stages than layers are refused here, before the processes meet
     return TrainedRun(run, weights, dataset, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
 
 
-def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], split: str) -> None:
-    """Score a task on a split of the run's dataset; `caption` also writes RUN/samples. The same run gives the same numbers."""
-    trained = open_run(run_dir)
+def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], split: str, tensor: int = 1, pipe: int = 1) -> None:
+    """Score a task on a split of the run's dataset; `caption` also writes RUN/samples. The same run gives the same numbers.
+
+    tensor, pipe: how the model is cut over this launch's processes; the replicas that are left share the pictures.
+    """
+    trained = open_run(run_dir, tensor=tensor, pipe=pipe)
     run, weights, dataset, tokenizer, objective = trained
     index = dataset.index(split)
-    print(f"{task} on '{split}' of {dataset.folder}, weights {weights}", flush=True)
+    writes = find_ranks(os.environ)[0].rank == 0
+    if writes:
+        print(f"{task} on '{split}' of {dataset.folder}, weights {weights}", flush=True)
     match task:
         case "vqa":
             from flm_scale.evals.vqa import evaluate_vqa
@@ -56,22 +75,27 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
             from flm_scale.evals.caption import evaluate_caption
             from flm_scale.evals.samples import write_samples
 
-            model = trained.model()
-            result = evaluate_caption(run, model, index=index, tokenizer=tokenizer, objective=objective, split=split)
-            samples = write_samples(run, model, run_dir, index=index, tokenizer=tokenizer, objective=objective)
-            write_json(run_dir / "samples/samples.json", samples)
+            processes = start_processes(run.parallel)
+            model = trained.model(processes)
+            result = evaluate_caption(run, model, index=index, tokenizer=tokenizer, objective=objective, split=split, processes=processes)
+            samples = write_samples(run, model, run_dir, index=index, tokenizer=tokenizer, objective=objective, processes=processes)
+            if writes:
+                write_json(run_dir / "samples/samples.json", samples)
             rows, columns = {kind: result[kind] for kind in ("greedy", "beam")}, list(result["greedy"])
         case "retrieval":
             from flm_scale.evals.retrieval import evaluate_retrieval
 
-            result = evaluate_retrieval(run, trained.model(), index=index, tokenizer=tokenizer, objective=objective, split=split)
+            processes = start_processes(run.parallel)
+            result = evaluate_retrieval(run, trained.model(processes), index=index, tokenizer=tokenizer, objective=objective, split=split,
+                                        processes=processes)
             directions = ("image_to_text", "text_to_image")
             rows = {way: result[way] for way in directions} | {f"{way}, chance": result["chance"][way] for way in directions}
             columns = list(result["image_to_text"])
-    path = run_dir / "evals" / f"{task}.json"
-    write_json(path, result)
-    print_table(rows, columns, title=f"{task}, split {split}, times 100")
-    print(path)
+    if writes:
+        path = run_dir / "evals" / f"{task}.json"
+        write_json(path, result)
+        print_table(rows, columns, title=f"{task}, split {split}, times 100")
+        print(path)
 
 
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - whatever a task found

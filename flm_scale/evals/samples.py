@@ -1,9 +1,9 @@
 """A few test pictures with what the model says of them and how it fills in their own captions: RUN/samples, for the report."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +16,37 @@ from flm_scale.data.shards import Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.evals.caption import BEAMS, read_pixels, write_captions
 from flm_scale.model.assemble import VisionLanguageModel
-from flm_scale.model.parts import Decoder
 from flm_scale.objectives.objective import Objective
+from flm_scale.parallel.processes import Processes
 
 NUM_SAMPLES = 12
 LEAST_SIDE = 192
 """Pixels; smaller pictures are enlarged without smoothing, so that their own pixels show."""
 
 
-def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index: Index, tokenizer: Tokenizer,
-                  objective: Objective) -> list[dict[str, Any]]:
+def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index: Index, tokenizer: Tokenizer, objective: Objective,
+                  processes: Processes) -> list[dict[str, Any]]:
     """Write the pictures as RUN/samples/NNN.png, evenly spread over the split, and return the content of samples.json."""
     captioned = [image for image, captions in enumerate(index.captions) if captions]
     images = [captioned[i] for i in np.linspace(0, len(captioned) - 1, min(NUM_SAMPLES, len(captioned))).astype(int)]
+    if processes.rank == 0:
+        (run_dir / "samples").mkdir(exist_ok=True)
+        for number, image in enumerate(images):
+            write_picture(index.read_image(image), run_dir / f"samples/{number:03d}.png")
+    mine = processes.share(images)
+    said = processes.gather(list(describe(run, model, mine, index=index, tokenizer=tokenizer, objective=objective)) if mine else [])
+    return [{"image": f"samples/{number:03d}.png"} | sample for number, sample in enumerate(said)]
+
+
+def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, index: Index, tokenizer: Tokenizer,
+             objective: Objective) -> Iterator[dict[str, Any]]:
+    """Yield what is known and said of each picture."""
     pixels = read_pixels(index, images, size=run.vision.image_size)
     greedy, beam = (write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams) for beams in (1, BEAMS))
-    (run_dir / "samples").mkdir(exist_ok=True)
-    samples = []
     for number, image in enumerate(images):
-        name = f"samples/{number:03d}.png"
-        write_picture(index.read_image(image), run_dir / name)
         key, truth = index.keys[image], index.captions[image][0]
         tokens = list(fill_in(run, model, pixels[number], truth, key=key, tokenizer=tokenizer, objective=objective))
-        samples.append({"image": name, "key": key, "truth": truth, "greedy": greedy[number].text, "beam": beam[number].text, "tokens": tokens})
-    return samples
+        yield {"key": key, "truth": truth, "greedy": greedy[number].text, "beam": beam[number].text, "tokens": tokens}
 
 
 @torch.no_grad()
@@ -52,9 +59,7 @@ def fill_in(run: Run, model: VisionLanguageModel, pixels: np.ndarray, caption: s
     ids = np.array(tokenizer.encode(caption, max_length=run.text.max_length), np.int32)
     for view in objective.corrupt(ids, keyed_rng("corrupt", run.seed, 0, key, 0)):
         state = pack([[view]], pixels[None]).to(next(model.parameters()).device)
-        rows = model.trunk(state).rows[state.target_rows]
-        logits = cast("Decoder", model.head.decoder).logits(model.head.features(rows))
-        probabilities, predicted = logits[:, :tokenizer.vocab_size].softmax(-1).max(-1)
+        probabilities, predicted = model.logits(state)[:, :tokenizer.vocab_size].softmax(-1).max(-1)
         for target in np.flatnonzero(view.target_parts == 0):
             hidden = ids[hidden_from(view, ids, row=int(view.target_rows[target]))]
             piece, guess = tokenizer.pieces([int(view.target_ids[target]), int(predicted[target])])

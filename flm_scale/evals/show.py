@@ -8,22 +8,27 @@ from flm_scale.data.images import decode_image
 from flm_scale.errors import DataError
 from flm_scale.evals.caption import BEAMS, Caption, write_captions
 from flm_scale.evals.run import open_run
+from flm_scale.parallel.processes import start_processes
 
 PICTURE_SIDE, FOOT_HEIGHT, MARGIN, LETTER_SIZE = 384, 64, 12, 18
 """Pixels."""
 
 
-def caption_files(run_dir: Path, images: list[Path], *, out: Path) -> None:
+def caption_files(run_dir: Path, images: list[Path], *, out: Path, tensor: int = 1, pipe: int = 1) -> None:
     """Print a greedy and a beam caption of each file, and write OUT/NAME.caption.png: the square that the model saw, with both beneath.
 
+    tensor, pipe: how the model is cut over this launch's processes; the replicas that are left share the files, rank 0 prints and writes.
     Raises DataError for the first file that is missing or not a picture; nothing is written then.
     """
     read = [(path, read_file(path)) for path in images]
-    trained = open_run(run_dir)
-    pixels = np.stack([decode_image(data, size=trained.run.vision.image_size) for _, data in read])
-    model = trained.model()
-    greedy, beam = (write_captions(trained.run, model, pixels, tokenizer=trained.tokenizer, objective=trained.objective, beams=beams)
-                    for beams in (1, BEAMS))
+    trained = open_run(run_dir, tensor=tensor, pipe=pipe)
+    processes = start_processes(trained.run.parallel)
+    model = trained.model(processes)
+    pixels = [decode_image(data, size=trained.run.vision.image_size) for _, data in processes.share(read)]
+    greedy, beam = (processes.gather(write_captions(trained.run, model, np.stack(pixels), tokenizer=trained.tokenizer, objective=trained.objective,
+                                                    beams=beams) if pixels else []) for beams in (1, BEAMS))
+    if processes.rank:
+        return
     out.mkdir(parents=True, exist_ok=True)
     for number, (path, data) in enumerate(read):
         lines = [f"greedy: {describe(greedy[number])}", f"beam:   {describe(beam[number])}"]

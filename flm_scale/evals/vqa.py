@@ -2,30 +2,39 @@
 
 A question is a caption whose one target is its answer, read off the pooled row of the run's own objective: so loader, packing, model
 and engine are those of pretraining. Both starts see the same batches in the same order, and only the weights they start from differ.
+Over several processes the pictures of each batch are shared between the replicas, so that the steps are those of one process.
 """
 
+import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from flm_scale.batch import Batch, Example, LossSums, Term
-from flm_scale.checkpoint.weights import load_weights
+from flm_scale.checkpoint.weights import load_weights, read_weight
 from flm_scale.config import BatchConfig, OptimConfig, Run
 from flm_scale.data.loader import MicroBatches, Order, costs_of, torch_loader
-from flm_scale.data.order import plan_epoch, plan_in_order
+from flm_scale.data.order import MicroBatch, plan_epoch, plan_in_order
 from flm_scale.data.shards import Dataset, Index
 from flm_scale.data.tokens import Tokenizer
+from flm_scale.engine.base import Engine
 from flm_scale.engine.local import LocalEngine
 from flm_scale.errors import ConfigError, DataError
-from flm_scale.model.assemble import VisionLanguageModel, build_model
-from flm_scale.model.parts import Decoder
+from flm_scale.model.assemble import TIED_WITH, assemble, initialize, layer_builders
+from flm_scale.model.parts import Decoder, Parts, PlainParts, fill
+from flm_scale.model.text import Head
 from flm_scale.objectives.objective import Objective
+from flm_scale.observe.cost import shape_of
+from flm_scale.observe.layer_cost import stage_bounds
+from flm_scale.parallel.mesh import find_layout, find_ranks
 
 PASSES = 2
 QUESTIONS_PER_IMAGE = 4
@@ -84,7 +93,7 @@ class Questions:
 
 
 def evaluate_vqa(run: Run, folder: Path, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
-    """Return the content of evals/vqa.json; scores are shares in [0, 1].
+    """Return the content of evals/vqa.json; scores are shares in [0, 1]. Every process of a launcher runs this, cut by run.parallel.
 
     folder: the run's weights.   split: the one scored; it trains on the other ones of TRAIN_SPLITS.
     Raises DataError when a side has no questions, ConfigError for the split that must train.
@@ -99,8 +108,9 @@ def evaluate_vqa(run: Run, folder: Path, *, dataset: Dataset, tokenizer: Tokeniz
     task = VqaTask(objective, answers)
     train, test = (encode_questions(index, tokenizer, answers, max_length=run.text.max_length) for index in (seen, scored))
     floor = score_floor(seen, scored)
-    print(f"vqa: {train.count:,} questions to train on, {test.count:,} of '{split}' to score\n"
-          f"{'floor':10}  without looking  {percentages(floor)}", flush=True)
+    if find_ranks(os.environ)[0].rank == 0:
+        print(f"vqa: {train.count:,} questions to train on, {test.count:,} of '{split}' to score\n"
+              f"{'floor':10}  without looking  {percentages(floor)}", flush=True)
     answer_ids = [tokenizer.encode(answer, max_length=run.text.max_length)[1:-1] or [tokenizer.mask_id] for answer in answers]
     rows = [fine_tune(run, folder, task=task, answer_ids=answer_ids, train=train, test=test, start=start)
             for start in ("pretrained", "random")]
@@ -145,49 +155,84 @@ def fine_tune(run: Run, folder: Path, *, task: VqaTask, answer_ids: Sequence[Seq
 
     plans = [plan_epoch(costs_of(train.token_ids, task), BATCH, seed=run.seed, epoch=epoch, captions_per_image=QUESTIONS_PER_IMAGE)
              for epoch in range(PASSES)]
+    test_plan = plan_in_order(costs_of(test.token_ids, task), BATCH)
     steps = sum(map(len, plans))
-    run = run.replace(steps=steps, batch=BATCH, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
-    model = answering_model(run, task, answer_ids=answer_ids, weights=folder if start == "pretrained" else None)
-    engine = LocalEngine(run, model, task)
+    run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
+    engine = answering_engine(run, task, answer_ids=answer_ids, weights=folder if start == "pretrained" else None)
+    writes, rank, size = engine.rank == 0, engine.data_index, engine.layout.data
     step, seconds, row = 0, 0.0, dict[str, float]()
     by_pass = []
     for epoch, plan in enumerate(plans):
         began = time.perf_counter()
-        orders = [Order(epoch, entries) for entries in plan]
-        batches = question_batches(run, train, task, orders)
-        for batch in track(batches, total=len(plan), description=f"{start}, pass {epoch + 1}", transient=True):
+        batches = question_batches(run, train, task, orders_of(plan, epoch=epoch, rank=rank, size=size))
+        for batch in track(batches, total=len(plan), description=f"{start}, pass {epoch + 1}", transient=True, disable=not writes):
             engine.train_step([batch], step=step)
             step += 1
         seconds += time.perf_counter() - began
-        row = part_scores(engine.evaluate(question_batches(run, test, task, [Order(0, entries) for entries in plan_in_order(
-            costs_of(test.token_ids, task), BATCH)])))
+        row = part_scores(engine.evaluate(question_batches(run, test, task, orders_of(test_plan, epoch=0, rank=rank, size=size))))
         by_pass.append(row["overall"])
-        print(f"{start:10}  pass {epoch + 1}/{PASSES}  {percentages(row)}  {seconds:.0f} s", flush=True)
+        if writes:
+            print(f"{start:10}  pass {epoch + 1}/{PASSES}  {percentages(row)}  {seconds:.0f} s", flush=True)
     return {"start": start, **row, "by_pass": by_pass, "passes": PASSES, "seconds": round(seconds, 1)}
 
 
-def answering_model(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], weights: Path | None) -> VisionLanguageModel:
-    """Return the run's model with its decoder cut down to the answers, and one class more for answers that training never gave.
+def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], weights: Path | None) -> Engine:
+    """Return the engine that trains the run's model to answer, with one micro-batch a replica and step. Arguments as for `answer_rows`."""
+    layout = find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
+    rows = answer_rows(run, answer_ids, weights=weights)
+    # The decoder is no longer the embedding table.
+    run = run.replace(batch=BATCH.replace(micro_batches=layout.data), text=run.text.replace(tied=False))
+    builders = partial(answering_builders, run, task, rows=rows, weights=weights)
+    if layout.size == 1:
+        return LocalEngine(run, assemble(run, builders(PlainParts())), task)
+    from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine
 
-    answer_ids: the tokens of each answer; its row starts as the mean of theirs, so that what the run knows of the words is not lost.
-    weights: folder of the run's weights; None starts from random.
+    return PipelineDeepSpeedEngine(run, task, bounds=stage_bounds(run, shape_of(run.vision)), builders=builders)
+
+
+def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, weights: Path | None) -> Tensor:
+    """Return the decoder's rows [A + 1, D] before training: zeros for answers that training never gave, in the last one.
+
+    answer_ids: the tokens of each answer; its row is the mean of theirs in the vocabulary's decoder, so that what the run knows of the words
+    is not lost.   weights: folder of the run's weights; None starts from random.
     """
-    model = build_model(run, task.objective, load_pretrained=weights is None)
-    if weights is not None:
-        load_weights(model.layers, weights)
-    vocabulary = cast("Decoder", model.head.decoder)
-    decoder = Decoder(run.text.width, len(answer_ids) + 1)
-    with torch.no_grad():
-        decoder.weight.zero_()
-        decoder.bias.zero_()
-        for row, ids in enumerate(answer_ids):
-            decoder.weight[row] = vocabulary.weight[torch.tensor(ids)].mean(0)
-    model.head.decoder = decoder
-    return model
+    name = "head.decoder.weight"
+    name = TIED_WITH[name] if run.text.tied else name
+    if weights is None:
+        vocabulary = torch.empty(run.text.vocab_size, run.text.width)
+        initialize(vocabulary, name=name, seed=run.seed)
+    else:
+        vocabulary = read_weight(weights, name)
+    return torch.stack([*(vocabulary[torch.tensor(ids)].mean(0) for ids in answer_ids), torch.zeros(run.text.width)])
+
+
+def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor, weights: Path | None) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds the run's layers, filled with its weights, the decoder cut down to the answers.
+
+    rows: of `answer_rows`.   weights: folder of the run's weights; None starts from random.
+    """
+    builders = layer_builders(run, task.objective, parts, load_pretrained=weights is None)
+
+    def filled(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+        layer = build()
+        if weights is not None:
+            load_weights(nn.ModuleDict({name: layer}), weights, elsewhere=builders.keys() - {name}, except_for="head.decoder")
+        if isinstance(layer, Head):
+            layer.decoder = decoder = cast("Decoder", parts.decoder(run.text.width, len(rows)))
+            fill(decoder.weight, rows)
+            fill(decoder.bias, torch.zeros(len(rows)))
+        return layer
+
+    return {name: partial(filled, name, build) for name, build in builders.items()}
+
+
+def orders_of(plan: Sequence[MicroBatch], *, epoch: int, rank: int, size: int) -> list[Order]:
+    """Return a replica's share of each micro-batch's pictures. A replica without one takes another's, which does not count."""
+    return [Order(epoch, entries[rank::size] or entries[:1], counts=rank < len(entries)) for entries in plan]
 
 
 def question_batches(run: Run, questions: Questions, task: VqaTask, orders: list[Order]) -> Iterator[Batch]:
-    """Yield the packed micro-batches of a plan."""
+    """Yield the packed micro-batches."""
     dataset = MicroBatches(questions.index, questions.token_ids, task, seed=run.seed, image_size=run.vision.image_size)
     yield from torch_loader(dataset, orders, workers=run.data.workers)
 

@@ -11,12 +11,13 @@ from functools import lru_cache, partial
 from typing import Protocol, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
-from flm_scale.model.parts import Parts, PlainParts, shard_of
+from flm_scale.model.parts import Parts, PlainParts, fill, whole_shape
 from flm_scale.model.text import FusionEntry, Head, TextEntry, TextLayer
 from flm_scale.model.vision import build_vision, named_sizes
 from flm_scale.objectives.objective import Objective
@@ -25,6 +26,11 @@ from flm_scale.objectives.objective import Objective
 TABLES = re.compile(r"^text_entry\.|\.kinds?\.weight$|_embedding$")
 TIED_WITH = {"head.decoder.weight": "text_entry.tokens.weight"}
 FRESH_VISION = re.compile(r"^vision_exit\.(fresh_norm|projection|kind)\.")
+
+Turn = Callable[[Tensor], Tensor]
+"""What one stage makes of the rows [rows, D] that come in; the last one may end with logits or scores."""
+Relay = Callable[[Tensor, Turn], Tensor]
+"""Lets every stage take its turn, first to last, and returns on all of them what the last one gave."""
 
 
 class LayerList(Protocol):
@@ -35,21 +41,39 @@ class LayerList(Protocol):
     """Names, within `layers`, of weights that do not start from random; the optimizer trains them slower."""
 
 
-class VisionLanguageModel(nn.Module):
-    """The layers in their order, each under its name."""
+def alone(rows: Tensor, turn: Turn) -> Tensor:
+    """Return what the one stage makes of the rows: the relay of a list that is not cut."""
+    return turn(rows)
 
-    def __init__(self, layers: dict[str, nn.Module], *, recompute: bool, pretrained: frozenset[str] = frozenset()) -> None:
+
+class VisionLanguageModel(nn.Module):
+    """The layers in their order, each under its name; or those of one pipeline stage, with the relay that joins them to the others'."""
+
+    def __init__(self, layers: dict[str, nn.Module], *, recompute: bool, pretrained: frozenset[str] = frozenset(), relay: Relay = alone) -> None:
         super().__init__()
-        self.layers, self.recompute, self.pretrained = nn.ModuleDict(layers), recompute, pretrained
+        self.layers, self.recompute, self.pretrained, self.relay = nn.ModuleDict(layers), recompute, pretrained, relay
 
     def trunk(self, state: State) -> State:
         """Run everything but the head: pixels in, rows of every stream, query and image out."""
-        return run_layers((layer for name, layer in self.layers.items() if name != "head"), state, recompute=self.recompute)
+        return state._replace(rows=self._run(state, lambda end: end.rows))
 
     def forward(self, state: State) -> tuple[Tensor, Tensor]:
         """Return (loss [R], correct [R]) of the state's targets, the fields of batch.Scores."""
-        scores: tuple[Tensor, Tensor] = self.head(self.trunk(state))
-        return scores
+        loss, correct = self._run(state, lambda end: torch.stack(self.head(end)))
+        return loss, correct > 0
+
+    def logits(self, state: State) -> Float[Tensor, "R V"]:
+        """Return all logits at the state's targets."""
+        return self._run(state, lambda end: self.head.logits(end.rows.index_select(0, end.target_rows)))
+
+    def _run(self, state: State, finish: Callable[[State], Tensor]) -> Tensor:
+        """Return what `finish`, which runs where the head is, makes of the state behind the trunk. Layers change a state's rows alone."""
+        def turn(rows: Tensor) -> Tensor:
+            trunk = (layer for name, layer in self.layers.items() if name != "head")
+            end = run_layers(trunk, state._replace(rows=rows), recompute=self.recompute)
+            return finish(end) if "head" in self.layers else end.rows
+
+        return self.relay(state.rows, turn)
 
     @property
     def head(self) -> Head:
@@ -71,10 +95,15 @@ def build_model(run: Run, objective: Objective, *, load_pretrained: bool = True)
 
     load_pretrained: False where a run's own weights will fill the model, so that no download is needed.
     """
-    layers = {name: build() for name, build in layer_builders(run, objective, PlainParts(), load_pretrained=load_pretrained).items()}
+    return assemble(run, layer_builders(run, objective, PlainParts(), load_pretrained=load_pretrained))
+
+
+def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay: Relay = alone) -> VisionLanguageModel:
+    """Return the model of the layers that these build: the whole list, or a stage of it and the relay to the others."""
+    layers = {name: build() for name, build in builders.items()}
     if run.text.tied:
         tie(layers)
-    return VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers))
+    return VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers), relay=relay)
 
 
 def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True) -> dict[str, Callable[[], nn.Module]]:
@@ -102,9 +131,14 @@ def vision_names(config: OpenClipVisionConfig | SmallVisionConfig) -> list[str]:
 
 
 def tie(layers: Mapping[str, nn.Module]) -> None:
-    """Let the decoder's weights be the embedding table, where both are here."""
-    if "text_entry" in layers and "head" in layers:
-        cast("Head", layers["head"]).decoder.weight = cast("TextEntry", layers["text_entry"]).tokens.weight
+    """Let the decoder's weights be the embedding table; where that is on another stage, note that they are a copy of it."""
+    if "head" not in layers:
+        return
+    decoder = cast("Head", layers["head"]).decoder
+    if "text_entry" in layers:
+        decoder.weight = cast("TextEntry", layers["text_entry"]).tokens.weight
+    else:
+        decoder.weight.tied_to = TIED_WITH["head.decoder.weight"]  # type: ignore[union-attr]
 
 
 def is_pretrained(run: Run, name: str) -> bool:
@@ -144,16 +178,9 @@ def initialize(parameter: Tensor, *, name: str, seed: int) -> None:
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     # A piece of a sharded weight is cut out of the whole one, so that every layout starts from the same weights.
-    shape, shard = list(parameter.shape), shard_of(parameter)
-    if shard is not None:
-        shape[shard.dim] = shard.size
+    shape = whole_shape(parameter)
     scale = 0.02 if is_table(name, parameter) else 0.5 * math.prod(shape[1:]) ** -0.5
-    values = torch.randn(shape, generator=generator) * scale
-    if shard is None:
-        parameter.copy_(values)
-        return
-    held = max(0, min(parameter.shape[shard.dim], shard.size - shard.start))
-    parameter.zero_().narrow(shard.dim, 0, held).copy_(values.narrow(shard.dim, min(shard.start, shard.size), held))
+    fill(parameter, torch.randn(shape, generator=generator) * scale)
 
 
 def is_table(name: str, parameter: Tensor) -> bool:

@@ -5,7 +5,7 @@ layer. What a step computes equals the forward stream's row over the whole prefi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from flm_scale.batch import State
 from flm_scale.errors import ConfigError
-from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.model.assemble import VisionLanguageModel, run_layers
 from flm_scale.model.layers import add_residual, attend
-from flm_scale.model.parts import Decoder
-from flm_scale.model.text import FusionEntry, StreamLayer, TextEntry, TextLayer
+from flm_scale.model.text import FusionEntry, Head, StreamLayer, TextEntry, TextLayer
 from flm_scale.objectives.objective import Objective
 
 
@@ -77,10 +76,9 @@ def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height 
     """Return the image rows that the text looks at."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)
     state = State(pixels, *[nothing] * (len(State._fields) - 1))._replace(image_slots=nothing.new_empty(len(pixels), 0))
-    for name, layer in model.layers.items():
-        if name.startswith("vision_"):
-            state = layer(state)
-    images: Tensor = state.rows.unflatten(0, (len(pixels), -1))
+    tower = [layer for name, layer in model.layers.items() if name.startswith("vision_")]
+    rows = model.relay(pixels, lambda rows: run_layers(tower, state._replace(rows=rows), recompute=False).rows)
+    images: Tensor = rows.unflatten(0, (len(pixels), -1))
     return images
 
 
@@ -90,29 +88,36 @@ class CachedDecoder:
     def __init__(self, model: VisionLanguageModel, images: Float[Tensor, "N I D"], *, beams: int) -> None:
         """images: rows of `encode_images`."""
         self.model, self.beams, self.position = model, beams, 0
-        self.layers = {name: layer.streams for name, layer in model.layers.items() if isinstance(layer, TextLayer)}
-        self.images = {name: layer.image_attention.keys_values(images) for name, layer in self.layers.items()
-                       if layer.image_attention is not None}
+        self.no_rows = images.new_empty(0, images.shape[-1])
+        self.images = {name: layer.streams.image_attention.keys_values(images) for name, layer in model.layers.items()
+                       if isinstance(layer, TextLayer) and layer.streams.image_attention is not None}
         self.past: dict[str, tuple[Tensor, Tensor]] = {}
-        """Keys and values [N*B, positions, H, d] of each layer."""
+        """Keys and values [N*B, positions, H, d] of each layer of this process's stage."""
 
     def step(self, ids: Int[Tensor, " NB"]) -> Float[Tensor, "NB V"]:
         """Read the next token of every beam and return the logits of the one behind it."""
-        entry, fusion_entry = cast("TextEntry", self.model.layers["text_entry"]), cast("FusionEntry", self.model.layers["fusion_entry"])
-        rows = entry.norm(entry.tokens(ids) + entry.positions.weight[self.position])
-        for name, layer in self.model.layers.items():
-            if layer is fusion_entry:
-                rows = fusion_entry.linear(rows) + fusion_entry.kinds.weight[0]
-            elif name in self.layers:
-                rows = self._layer(name, self.layers[name], rows)
+        logits = self.model.relay(self.no_rows, lambda rows: self._turn(rows, ids))
         self.position += 1
-        logits: Tensor = cast("Decoder", self.model.head.decoder).logits(self.model.head.features(rows))
         return logits
 
     def keep(self, parents: Int[Tensor, "N B"]) -> None:
         """Let each beam go on from the past of the beam that it came from."""
         rows = (parents + self.beams * torch.arange(len(parents), device=parents.device)[:, None]).flatten()
         self.past = {name: (keys[rows], values[rows]) for name, (keys, values) in self.past.items()}
+
+    def _turn(self, rows: Tensor, ids: Int[Tensor, " NB"]) -> Tensor:
+        """Run this stage's layers on the newest position."""
+        for name, layer in self.model.layers.items():
+            match layer:
+                case TextEntry():
+                    rows = layer.norm(layer.tokens(ids) + layer.positions.weight[self.position])
+                case FusionEntry():
+                    rows = layer.linear(rows) + layer.kinds.weight[0]
+                case TextLayer():
+                    rows = self._layer(name, layer.streams, rows)
+                case Head():
+                    rows = layer.logits(rows)
+        return rows
 
     def _layer(self, name: str, layer: StreamLayer, rows: Tensor) -> Tensor:
         """StreamLayer.forward for the newest position."""

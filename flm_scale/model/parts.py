@@ -4,8 +4,9 @@ Model code asks a `Parts` object for them. `PlainParts` gives torch's own, the s
 that hold 1/num_shards of the weights and whose results are the same.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -32,16 +33,43 @@ class Shard:
         """First index of the whole weight that is in this piece."""
         return self.index * -(-self.size // self.count)
 
+    @property
+    def held(self) -> tuple[slice, ...]:
+        """Index into the whole weight that gives what is in this piece. Piece 1 of 2 of 5 rows: [3:5]."""
+        start = min(self.start, self.size)
+        return (*[slice(None)] * self.dim, slice(start, min(start + -(-self.size // self.count), self.size)))
+
 
 def shard_of(parameter: Tensor) -> Shard | None:
     """Return which piece of a weight this is; None for a whole one."""
     return getattr(parameter, "shard", None)
 
 
+def whole_shape(parameter: Tensor) -> list[int]:
+    """Return the shape of the weight that this is a piece of."""
+    shape, shard = list(parameter.shape), shard_of(parameter)
+    if shard is not None:
+        shape[shard.dim] = shard.size
+    return shape
+
+
 def whole_size(parameter: Tensor) -> int:
     """Return the number of values of the weight that this is a piece of."""
+    return math.prod(whole_shape(parameter))
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, whole: Any) -> None:  # noqa: ANN401 - safetensors' slices have no type of their own
+    """Copy a whole weight into a parameter, or the piece of it that the parameter is; rows that stand for nothing become zero.
+
+    whole: a tensor, or anything that gives one when it is indexed, such as a weight that is still on disk.
+    """
     shard = shard_of(parameter)
-    return parameter.numel() if shard is None else parameter.numel() // parameter.shape[shard.dim] * shard.size
+    if shard is None:
+        parameter.copy_(whole[:])
+        return
+    piece = whole[shard.held]
+    parameter.zero_().narrow(shard.dim, 0, piece.shape[shard.dim]).copy_(piece)
 
 
 @runtime_checkable

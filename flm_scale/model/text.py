@@ -3,6 +3,8 @@
 Each class here is one entry of the flat list: State in, State out. Text rows come first in the state, then queries, then images.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from flm_scale.batch import State
 from flm_scale.config import TextConfig
 from flm_scale.masks import query_visible, stream_visible
 from flm_scale.model.layers import ImageAttention, Mlp, SelfAttention, add_residual
-from flm_scale.model.parts import Parts
+from flm_scale.model.parts import Decoder, Parts
 from flm_scale.model.reconstructor import ReconstructorLayer
 
 
@@ -124,6 +126,11 @@ class Head(nn.Module):
     def features(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
         """Return what the decoder reads."""
         out: Tensor = self.norm(F.gelu(self.linear(self.entry_norm(rows))))
+        return out
+
+    def logits(self, rows: Float[Tensor, "R D"]) -> Float[Tensor, "R V"]:
+        """Return all logits."""
+        out: Tensor = cast("Decoder", self.decoder).logits(self.features(rows))
         return out
 
     def forward(self, state: State) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
+from flm_scale.model.vision import named_sizes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: 
     assert sizes is not None, "a named tower's sizes come from model.vision, the door to open_clip"
     return VisionShape(sizes["width"], sizes["layers"] - (config.output == "penultimate"), sizes["patch_size"], config.image_size,
                        sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1))
+
+
+def shape_of(config: OpenClipVisionConfig | SmallVisionConfig) -> VisionShape:
+    """Return the sizes of any tower; open_clip is asked for those of one that the config only names."""
+    return vision_shape(config, None if isinstance(config, SmallVisionConfig) else named_sizes(config.name))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """`flm eval` and `flm caption` on a small dataset: files are written whole, and mistakes are one clear line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from flm_scale.cli import main
 from flm_scale.config import MlmConfig
 from flm_scale.data.order import keyed_rng
 from flm_scale.errors import CheckpointError, ConfigError, DataError
@@ -95,6 +98,28 @@ def test_missing_and_damaged_pictures_are_named(run_dir: Path, tmp_path: Path) -
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"bad\.png.*cannot be decoded"):
         caption_files(run_dir, [tmp_path / "bad.png"], out=tmp_path)
+
+
+@pytest.mark.parametrize(("size", "options", "message"), [
+    (1, ["--tensor", "2"], r"1 process\(es\) cannot be cut into parallel.tensor \(2\) x parallel.pipe \(1\); start a multiple of 2"),
+    (4, ["--tensor", "3"], r"text.heads \(4\) must be a multiple of parallel.tensor \(3\)"),
+    (6, ["--tensor", "2", "--pipe", "2"], r"6 process\(es\) cannot be cut into parallel.tensor \(2\) x parallel.pipe \(2\)"),
+    (20, ["--pipe", "20"], r"parallel.pipe \(20\) must be from 1 to the model's number of layers \(\d+\)"),
+    (1, ["--pipe", "0"], r"ParallelConfig.pipe \(0\)"),
+])
+@pytest.mark.parametrize("verb", ["caption", "retrieval", "vqa", "flm caption"])
+def test_a_layout_that_does_not_fit_is_one_line_before_processes_meet(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                     capsys: pytest.CaptureFixture[str], verb: str, size: int,
+                                                                     options: list[str], message: str) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    arguments = ["caption", str(run_dir), str(picture)] if verb == "flm caption" else ["eval", str(run_dir), "--task", verb]
+    assert main([*arguments, *options]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"flm: .*{message}.*\n", error), error
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

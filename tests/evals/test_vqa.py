@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from flm_scale.checkpoint.weights import last_weights
+from flm_scale.data.order import Entry
 from flm_scale.data.shards import Dataset, Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import ConfigError
 from flm_scale.evals import vqa
-from flm_scale.evals.vqa import VqaTask, answering_model, evaluate_vqa, score_floor
+from flm_scale.evals.vqa import VqaTask, answer_rows, answering_builders, evaluate_vqa, orders_of, score_floor
+from flm_scale.model.assemble import assemble
+from flm_scale.model.parts import PlainParts
 from tests.evals.picture_set import picture_set, trained_run
 from tests.synthetic import as_batch, caption_ids, objective_of, random_pixels, tiny_run
 
@@ -60,7 +63,8 @@ def test_the_split_that_trains_cannot_be_scored(tmp_path: Path, dataset: Dataset
 def test_the_answer_row_reads_every_token_of_the_question_and_the_picture(objective: str) -> None:
     run, rng = tiny_run(objective), np.random.default_rng(0)
     task = VqaTask(objective_of(run), ["no", "red", "yes"])
-    model = answering_model(run, task, answer_ids=[[5], [6, 7], [8]], weights=None)
+    rows = answer_rows(run, [[5], [6, 7], [8]], weights=None)
+    model = assemble(run, answering_builders(run, task, PlainParts(), rows=rows, weights=None))
     question, pixels = caption_ids(5, rng), random_pixels(1, rng)
 
     def loss(ids: np.ndarray, pixels: np.ndarray) -> float:
@@ -73,6 +77,14 @@ def test_the_answer_row_reads_every_token_of_the_question_and_the_picture(object
         changed[position] = 5 + (changed[position] - 4) % 50
         assert loss(changed, pixels) != pytest.approx(reference, abs=1e-7), position
     assert loss(question, 255 - pixels) != pytest.approx(reference, abs=1e-7)
+
+
+def test_replicas_share_the_pictures_of_each_batch_and_one_without_any_does_not_count() -> None:
+    plan = [tuple(Entry(image, (0,)) for image in images) for images in ([5, 3, 8], [7])]
+    shares = [orders_of(plan, epoch=2, rank=rank, size=2) for rank in range(2)]
+    assert [[[entry.image for entry in order.entries if order.counts] for order in share] for share in shares] == [[[5, 8], [7]], [[3], []]]
+    assert all(order.entries and order.epoch == 2 for share in shares for order in share)
+    assert [order.entries for order in orders_of(plan, epoch=0, rank=0, size=1)] == plan
 
 
 def test_yes_and_no_are_counted_apart_from_other_answers() -> None:
