@@ -150,7 +150,7 @@ def build_engine(run: Run, objective: Objective) -> Engine:
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
-        if run.parallel.zero == 1:
+        if run.parallel.in_stages:
             return PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, shape_of(run.vision)))
         return PlainDeepSpeedEngine(run, objective)
     from flm_scale.engine.local import LocalEngine

@@ -88,9 +88,9 @@ def main(*, steps: int = 5, micro_batches: int = 8) -> None:
     for tensor, pipe, zero in layouts(size):
         run = base.replace(batch=base.batch.replace(micro_batches=micro_batches),
                            parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero))
-        engine = (PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, vision_shape(run.vision))) if zero == 1
+        engine = (PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, vision_shape(run.vision))) if run.parallel.in_stages
                   else PlainDeepSpeedEngine(run, objective))
-        if zero == 1:
+        if run.parallel.in_stages:
             for name in ("_exec_forward_pass", "_exec_backward_pass"):
                 instructions = {call: method for call, method in engine.engine._INSTRUCTION_MAP.items()  # noqa: SLF001
                                 if method.__name__ == name}
