@@ -164,7 +164,7 @@ class DataConfig(Section):
     tokenizer_hash: str = ""
     """When set, the folder's tokenizer must have this fingerprint; run.json always records it."""
     workers: int = Field(1, ge=0)
-    """Decoding processes a rank; 0 decodes in the training process. The batches are the same for any number."""
+    """Decoding processes a model replica; 0 decodes in its first training process. The batches are the same for any number."""
     captions_per_image: int = Field(8, ge=1)
     """At most this many captions of one image go together; which ones changes with the epoch."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
