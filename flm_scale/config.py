@@ -164,7 +164,7 @@ class DataConfig(Section):
     tokenizer_hash: str = ""
     """When set, the folder's tokenizer must have this fingerprint; run.json always records it."""
     workers: int = Field(1, ge=0)
-    """Decoding processes a rank; 0 decodes in the training process. The batches are the same for any number."""
+    """Decoding processes a model replica; 0 decodes in its first training process. The batches are the same for any number."""
     captions_per_image: int = Field(8, ge=1)
     """At most this many captions of one image go together; which ones changes with the epoch."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
@@ -213,21 +213,24 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
     """Processes that share the text layers' matrices, heads and vocabulary; keep it within a node."""
     pipe: int = Field(1, ge=1)
-    """Pipeline stages that the layer list is cut into; needs ZeRO 1. Data-parallel size is world / (tensor * pipe)."""
+    """Pipeline stages that the layer list is cut into; needs ZeRO 0 or 1. Data-parallel size is world / (tensor * pipe)."""
     vision: Literal["replicated", "shard_batch"] = "replicated"
     """Under tensor parallelism: every process encodes all images, or each its share, and the image tokens are gathered."""
     template: str = ""
     """Name of a DeepSpeed template in ds_configs/; empty takes zeroN, or zero1-pipeline under a pipeline."""
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether DeepSpeed's pipeline engine runs it: every pipeline, and ZeRO 1 at one stage too."""
+        return self.pipe > 1 or self.zero == 1
 
     @model_validator(mode="after")
     def _kinds_combine(self) -> Self:
         if self.engine == "local" and self.tensor * self.pipe > 1:
             raise ConfigError(f"parallel.tensor ({self.tensor}) and parallel.pipe ({self.pipe}) need parallel.engine deepspeed; "
                               "add --parallel.engine deepspeed")
-        if self.pipe > 1 and self.zero != 1:
+        if self.pipe > 1 and self.zero > 1:
             raise ConfigError(f"parallel.zero ({self.zero}) does not go with parallel.pipe ({self.pipe}); use --parallel.zero 1")
-        if self.tensor > 1 and self.zero == 0:
-            raise ConfigError(f"parallel.zero (0) does not go with parallel.tensor ({self.tensor}); use --parallel.zero 1")
         return self
 
 

@@ -23,6 +23,10 @@ class CheckpointError(UserError):
     """Weights on disk that are missing, damaged or of another model."""
 
 
+class ReaderError(UserError):
+    """The process that reads for this one has ended. That one says why, so the command line leaves this one out."""
+
+
 class NonFiniteLossError(UserError):
     """Training met a loss that is not a number; the step was not taken."""
 

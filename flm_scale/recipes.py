@@ -75,12 +75,12 @@ def flm_base() -> Run:
     As published, but for what docs/decisions.md says: the text side starts from random, no dropout, bf16, no forced full stop.
     The mix has 10.3 tokens a caption with BOS and EOS, so 704 tokens hold 64. 256 GPUs are more than 64 micro-batches keep busy.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 8 GB, 0.11 s
-        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 8 GB, 0.11 s
-       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 8 GB, 0.02 s
-       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 8 GB, 0.02 s
-      256 x  80 GB: tensor 2, pipe 2, data 64, ZeRO 1: 3 GB, 0.01 s
-      256 x 141 GB: tensor 2, pipe 2, data 64, ZeRO 1: 3 GB, 0.01 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 7 GB, 0.11 s
+        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 7 GB, 0.11 s
+       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 3: 8 GB, 0.02 s
+       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 3: 8 GB, 0.02 s
+      256 x  80 GB: tensor 2, pipe 2, data 64, ZeRO 1: 3 GB, 0.02 s
+      256 x 141 GB: tensor 2, pipe 2, data 64, ZeRO 1: 3 GB, 0.02 s
     """
     return Run(
         name="flm_base", steps=30_000, seed=2022, precision="bf16", objective=FlmConfig(corruption_rate=0.0),
@@ -96,7 +96,7 @@ def mlm_base() -> Run:
 
     Command, data and rate as of flm_base, the same samples in the same order.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 6 GB, 0.08 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 5 GB, 0.08 s
     """
     return flm_base().replace(name="mlm_base", objective=MlmConfig(mask_rate=0.4))
 
@@ -106,7 +106,7 @@ def ar_base() -> Run:
 
     Command, data and rate as of flm_base, the same samples in the same order.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 6 GB, 0.08 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 6 GB, 0.09 s
     """
     return flm_base().replace(name="ar_base", objective=ArConfig())
 
@@ -116,7 +116,7 @@ def prefix_lm_base() -> Run:
 
     Command, data and rate as of flm_base, the same samples in the same order.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 6 GB, 0.08 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 5 GB, 0.08 s
     """
     return flm_base().replace(name="prefix_lm_base", objective=PrefixLmConfig())
 
@@ -127,12 +127,12 @@ def flm_1b() -> Run:
     Command: srun python -m flm_scale train flm_1b.   Needs: LAION-like shards under data/laion, and a download of the tower's weights.
     Expect: not trained here; rate and steps are starting points, not tuned. 24 tokens a caption are assumed.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 35 GB, 4.00 s
-        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 35 GB, 4.00 s
-       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 33 GB, 0.52 s
-       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 33 GB, 0.52 s
-      256 x  80 GB: tensor 1, pipe 1, data 256, ZeRO 1: 33 GB, 0.15 s
-      256 x 141 GB: tensor 1, pipe 1, data 256, ZeRO 1: 33 GB, 0.15 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 33 GB, 4.01 s
+        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 33 GB, 4.01 s
+       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 31 GB, 0.53 s
+       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 31 GB, 0.53 s
+      256 x  80 GB: tensor 1, pipe 1, data 256, ZeRO 3: 28 GB, 0.15 s
+      256 x 141 GB: tensor 1, pipe 1, data 256, ZeRO 3: 28 GB, 0.15 s
     """
     return Run(
         name="flm_1b", steps=100_000, precision="bf16", objective=FlmConfig(corruption_rate=0.3),
@@ -149,12 +149,12 @@ def flm_3b() -> Run:
 
     Command, data and what to expect as of flm_1b.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 52 GB, 9.83 s
-        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 52 GB, 9.83 s
-       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 49 GB, 1.28 s
-       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 49 GB, 1.28 s
-      256 x  80 GB: tensor 1, pipe 1, data 256, ZeRO 1: 48 GB, 0.36 s
-      256 x 141 GB: tensor 1, pipe 1, data 256, ZeRO 1: 48 GB, 0.36 s
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 47 GB, 9.87 s
+        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 47 GB, 9.87 s
+       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 43 GB, 1.32 s
+       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 43 GB, 1.32 s
+      256 x  80 GB: tensor 1, pipe 1, data 256, ZeRO 1: 43 GB, 0.40 s
+      256 x 141 GB: tensor 1, pipe 1, data 256, ZeRO 1: 43 GB, 0.40 s
     """
     run = flm_1b()
     return run.replace(
@@ -167,14 +167,14 @@ def flm_10b() -> Run:
     """FLM with ViT-bigG/14 and a text side of 8.2 B weights, 9.99 B in all.
 
     Data and what to expect as of flm_1b. Command: srun python -m flm_scale train flm_10b, which fits on 64 GPUs or more; on 8 of 80 GB with
-    --parallel.tensor 2 --parallel.pipe 4 --parallel.zero 1 --parallel.vision shard_batch.
+    --parallel.pipe 8 --parallel.zero 1.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
-        8 x  80 GB: tensor 2, pipe 4, data 1, ZeRO 1: 65 GB, 34.13 s
-        8 x 141 GB: tensor 1, pipe 4, data 2, ZeRO 1: 94 GB, 31.15 s
-       64 x  80 GB: tensor 1, pipe 4, data 16, ZeRO 1: 70 GB, 4.39 s
-       64 x 141 GB: tensor 1, pipe 2, data 32, ZeRO 1: 108 GB, 4.18 s
-      256 x  80 GB: tensor 1, pipe 1, data 256, ZeRO 2: 64 GB, 1.27 s
-      256 x 141 GB: tensor 2, pipe 1, data 128, ZeRO 1: 83 GB, 1.26 s
+        8 x  80 GB: tensor 1, pipe 8, data 1, ZeRO 1: 67 GB, 32.09 s
+        8 x 141 GB: tensor 1, pipe 2, data 4, ZeRO 1: 113 GB, 30.72 s
+       64 x  80 GB: tensor 1, pipe 4, data 16, ZeRO 1: 61 GB, 4.44 s
+       64 x 141 GB: tensor 1, pipe 1, data 64, ZeRO 1: 125 GB, 4.10 s
+      256 x  80 GB: tensor 2, pipe 1, data 128, ZeRO 1: 71 GB, 1.40 s
+      256 x 141 GB: tensor 1, pipe 1, data 256, ZeRO 1: 123 GB, 1.27 s
     """
     run = flm_1b()
     return run.replace(

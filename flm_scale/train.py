@@ -1,7 +1,7 @@
 """The training loop. A Run names everything; here it is opened, put together and stepped through.
 
 dataset -> tokenizer -> objective -> model -> engine -> loader; then for each step: take its micro-batches, train, log, and when it
-is due validate and save. Every process of the launcher runs this same code; rank 0 writes.
+is due validate and save. Every process of the launcher runs this same code; one of each model replica reads, rank 0 writes.
 """
 
 import os
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from flm_scale.observe.progress import Progress
 from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
 from flm_scale.parallel.mesh import find_layout, find_ranks
+from flm_scale.parallel.replica import ReplicaLoader
 
 SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
@@ -58,10 +59,14 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     if ranks.rank == 0:
         open_run_dir(run_dir, run, overwrite=overwrite)
     engine = build_engine(run, objective)
-    loader = Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data)
 
-    def validation_batches() -> Iterator[Batch]:
-        return one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
+    def training_loader() -> Loader:
+        return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data)
+
+    def validation_pass() -> Iterator[Batch]:
+        yield from one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
+
+    loader = ReplicaLoader(layout, rank=ranks.rank, build=training_loader, one_pass=validation_pass)
 
     # The recorder comes first: its live line belongs on the console and not into the log.
     with closing(Recorder(run, run_dir, engine)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
@@ -69,16 +74,16 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
         recorder.start()
         if engine.rank == 0:
             announce(run, run_dir, dataset, engine)
-        steps(run, run_dir, engine, loader, objective, validation_batches, recorder=recorder, heartbeat=heartbeat)
+        steps(run, run_dir, engine, loader, objective, recorder=recorder, heartbeat=heartbeat)
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Objective, validation_batches: Callable[[], Iterator[Batch]], *,
-          recorder: "Recorder", heartbeat: Heartbeat) -> None:
+def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, objective: Objective, *, recorder: "Recorder",
+          heartbeat: Heartbeat) -> None:
     """Take every step of the run, or those until SIGTERM."""
     with sigterm_asks() as asked:
         for step in range(run.steps):
             started = time.perf_counter()
-            heartbeat.beat(step + 1, "load")
+            heartbeat.beat(step + 1, "load" if loader.reads else "receive")
             batches = loader.next_step()
             waited = time.perf_counter() - started
             heartbeat.beat(step + 1, "train")
@@ -88,7 +93,7 @@ def steps(run: Run, run_dir: Path, engine: Engine, loader: Loader, objective: Ob
                           seconds=time.perf_counter() - started, waited=waited)
             stops = any_rank(asked.is_set(), engine.device)
             if due(run.log.validate_every_steps, step + 1, run.steps) and not stops:
-                sums = engine.evaluate(heartbeat.along(step + 1, "validate", validation_batches()))
+                sums = engine.evaluate(heartbeat.along(step + 1, "validate", loader.one_pass()))
                 recorder.validation(step + 1, {"loss": float(total_loss(sums, objective, sums.count)), **part_values(objective, sums)})
             if due(run.log.save_every_steps, step + 1, step + 1 if stops else run.steps, always_last=True):
                 heartbeat.beat(step + 1, "save")
@@ -149,7 +154,7 @@ def build_engine(run: Run, objective: Objective) -> Engine:
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
-        if run.parallel.zero == 1:
+        if run.parallel.in_stages:
             return PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, shape_of(run.vision)))
         return PlainDeepSpeedEngine(run, objective)
     from flm_scale.engine.local import LocalEngine
@@ -175,7 +180,7 @@ def due(every: int, step: int, last: int, *, always_last: bool = False) -> bool:
 
 
 class Recorder:
-    """Keeps count of what a run did and tells: metrics.jsonl, TensorBoard, the live line. Only rank 0 tells."""
+    """Keeps count of what a run did and tells: metrics.jsonl, TensorBoard, the live line. Only rank 0 tells, and who reads names bad pictures."""
 
     def __init__(self, run: Run, run_dir: Path, engine: Engine) -> None:
         self.run, self.engine = run, engine
@@ -183,6 +188,7 @@ class Recorder:
         peak = run.log.peak_tflops * 1e12 or peak_flops(engine.device, run.precision)
         self.meter = Meter(peak_flops=peak, world_size=engine.layout.size)
         self.images = self.bad_images = 0.0
+        self.names_bad_images = engine.rank == engine.layout.reader(engine.rank)
         tells = engine.rank == 0
         self.log = MetricsLog(run_dir) if tells else None
         self.progress = Progress(run.steps, 1, sys.stderr) if tells else None
@@ -201,7 +207,7 @@ class Recorder:
             float(sum(len(batch.keys) for batch in batches)), float(len(bad_keys))])
         self.meter.add(pairs=pairs, tokens=tokens, flops=flops)
         self.images, self.bad_images = self.images + images, self.bad_images + bad
-        if bad_keys:
+        if bad_keys and self.names_bad_images:
             print(f"flm: {len(bad_keys)} picture(s) left out, not readable: {', '.join(bad_keys)}", file=sys.stderr)
         share = self.run.data.max_bad_share
         if self.bad_images > share * max(self.images, SHARE_IS_MEANINGFUL_FROM):

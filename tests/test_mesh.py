@@ -44,6 +44,13 @@ def test_ranks_count_tensor_pieces_first_then_replicas_then_stages() -> None:
         assert (layout.stage(rank), layout.data_index(rank)) == (stage, data_index)
 
 
+def test_a_replica_is_its_stages_with_all_their_tensor_pieces_and_its_first_rank_reads() -> None:
+    layout = Layout(tensor=2, pipe=3, data=4)
+    assert layout.replica(1) == [2, 3, 10, 11, 18, 19]
+    assert sorted(rank for data_index in range(4) for rank in layout.replica(data_index)) == list(range(24))
+    assert [layout.reader(rank) for rank in (0, 2, 11, 18, 23)] == [0, 2, 2, 2, 6]
+
+
 def test_processes_that_tensor_and_pipe_do_not_take_up_are_replicas() -> None:
     assert find_layout(ParallelConfig(engine="deepspeed", tensor=2, pipe=2), world_size=12) == Layout(2, 2, 3)
     with pytest.raises(ConfigError, match=r"6 process\(es\) cannot be cut .* start a multiple of 4"):

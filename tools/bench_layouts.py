@@ -1,6 +1,6 @@
 """What a training step costs on each layout: seconds, share spent in collectives, and the pipeline's bubble against its formula.
 
-One model and one global batch of synthetic pairs, the demo's sizes by default with more micro-batches. On a computer with fewer cores than processes
+One model and one global batch of synthetic pairs, of the demo's sizes; tensor ranks share the images. On a computer with fewer cores than processes
 the layouts share cores: compare layouts of one number of processes with each other, not with other numbers.
 
     torchrun --nproc-per-node 4 -m tools.bench_layouts [--steps 5] [--micro-batches 8]
@@ -9,8 +9,7 @@ the layouts share cores: compare layouts of one number of processes with each ot
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,33 +29,32 @@ from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.recipes import demo
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "send", "recv", "barrier")
+# What a pipeline stage does, by DeepSpeed's names of its instructions; the rest of a step it waits.
+INSTRUCTIONS = {"ForwardPass": "computing", "BackwardPass": "computing", "ReduceTiedGrads": "updating", "ReduceGrads": "updating",
+                "OptimizerStep": "updating"}
 
 
 class Clock:
-    """Seconds of this rank by what it did."""
+    """Seconds of this rank by what it did; what a thing calls is part of it."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("collectives", "computing"), 0.0)
-        self.inside = ""
+        self.seconds = dict.fromkeys(("collectives", "computing", "updating"), 0.0)
+        self.running: set[str] = set()
 
-    @contextmanager
-    def count(self, what: str) -> Iterator[None]:
-        """Count the time under a name; the innermost name alone counts it."""
-        outer, self.inside = self.inside, what
-        started, before = time.perf_counter(), sum(self.seconds.values())
-        yield
-        self.seconds[what] += time.perf_counter() - started - (sum(self.seconds.values()) - before)
-        self.inside = outer
-
-    def wrap(self, owner: Any, name: str, what: str) -> None:  # noqa: ANN401 - a module or an object
-        """Let every call of a function be counted."""
-        function: Callable[..., Any] = getattr(owner, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            with self.count(what):
+    def counted(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """Return a function whose every call is counted."""
+        def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if what in self.running:
                 return function(*args, **kwargs)
+            self.running.add(what)
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[what] += time.perf_counter() - started
+                self.running.remove(what)
 
-        setattr(owner, name, counted)
+        return call
 
 
 def layouts(size: int) -> list[tuple[int, int, int]]:
@@ -76,30 +74,30 @@ def batch_of(run: Run, objective: Objective, *, seed: int, pairs: int = 32) -> B
     return Batch(state, ("",), pairs, len(state.ids), counts)
 
 
+def open_engine(run: Run, objective: Objective, clock: Clock) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
+    """Return the run's engine; the clock counts what a pipeline does."""
+    if not run.parallel.in_stages:
+        return PlainDeepSpeedEngine(run, objective)
+    engine = PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, vision_shape(run.vision)))
+    methods = engine.engine._INSTRUCTION_MAP  # noqa: SLF001
+    methods |= {kind: clock.counted(method, INSTRUCTIONS[kind.__name__]) for kind, method in methods.items() if kind.__name__ in INSTRUCTIONS}
+    return engine
+
+
 def main(*, steps: int = 5, micro_batches: int = 8) -> None:
     """Print the table. steps: timed ones, after one that is not.   micro_batches: of a step, over all replicas."""
     size, clock = int(os.environ["WORLD_SIZE"]), Clock()
     for name in COLLECTIVES:
-        clock.wrap(dist, name, "collectives")
+        setattr(dist, name, clock.counted(getattr(dist, name), "collectives"))
     base = demo()
     objective = build_objective(base.objective, mask_id=4)
     table = Table("tensor", "pipe", "data", "ZeRO", "seconds a step", "in collectives", "bubble", "by the formula",
                   title=f"{size} processes, {os.cpu_count()} cores, {torch.get_num_threads()} threads each, {micro_batches} micro-batches, float32")
     for tensor, pipe, zero in layouts(size):
         run = base.replace(batch=base.batch.replace(micro_batches=micro_batches),
-                           parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero))
-        engine = (PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, vision_shape(run.vision))) if zero == 1
-                  else PlainDeepSpeedEngine(run, objective))
-        if zero == 1:
-            for name in ("_exec_forward_pass", "_exec_backward_pass"):
-                instructions = {call: method for call, method in engine.engine._INSTRUCTION_MAP.items()  # noqa: SLF001
-                                if method.__name__ == name}
-                for call, method in instructions.items():
-                    def counted(self: Any, *args: Any, method: Callable[..., Any] = method, **kwargs: Any) -> None:  # noqa: ANN401
-                        with clock.count("computing"):
-                            method(self, *args, **kwargs)
-                    engine.engine._INSTRUCTION_MAP[call] = counted  # noqa: SLF001
-        data = engine.layout.data
+                           parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero, vision="shard_batch"))
+        engine = open_engine(run, objective, clock)
+        data, stage = engine.layout.data, engine.layout.stage(engine.rank)
         batches = [batch_of(run, objective, seed=i) for i in range(micro_batches)][engine.data_index :: data]
         engine.train_step(batches, step=0)
         clock.seconds = dict.fromkeys(clock.seconds, 0.0)
@@ -108,13 +106,17 @@ def main(*, steps: int = 5, micro_batches: int = 8) -> None:
             started = time.perf_counter()
             engine.train_step(batches, step=step)
             seconds.append(time.perf_counter() - started)
-        # The mean stage idles for the bubble, and for what the cut leaves uneven.
-        busy, talking = engine.sum_over_ranks([clock.seconds["computing"], clock.seconds["collectives"]])
-        row = torch.tensor([busy / data, talking / data], dtype=torch.float64)
-        dist.all_reduce(row)
-        busy, talking = (row / size / sum(seconds)).tolist()
-        bubble = (f"{1 - busy:.0%}", f"{(pipe - 1) / (micro_batches // data + pipe - 1):.0%}") if pipe > 1 else ("", "")
-        table.add_row(str(tensor), str(pipe), str(data), str(zero), f"{statistics.median(seconds):.3f}", f"{talking:.0%}", *bubble)
+        # By stage: seconds in collectives; computing; and all but the update.
+        sums = torch.zeros(3, pipe, dtype=torch.float64)
+        sums[:, stage] = torch.tensor([clock.seconds["collectives"], clock.seconds["computing"], sum(seconds) - clock.seconds["updating"]])
+        dist.all_reduce(sums)
+        talking, computing, running = sums * pipe / size
+        bubble = ("", "")
+        if pipe > 1:
+            # Of the busiest stage, because the others also wait where the cut is uneven, and the formula is for an even one.
+            bubble = (f"{1 - float((computing / running).max()):.0%}", f"{(pipe - 1) / (micro_batches // data + pipe - 1):.0%}")
+        table.add_row(str(tensor), str(pipe), str(data), str(zero), f"{statistics.median(seconds):.3f}",
+                      f"{float(talking.mean()) / sum(seconds):.0%}", *bubble)
     if dist.get_rank() == 0:
         Console(width=130).print(table)
 

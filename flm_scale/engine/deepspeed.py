@@ -1,6 +1,6 @@
 """Training over many processes: the one door to DeepSpeed. gloo on CPU, NCCL on NVIDIA GPUs.
 
-ZeRO 1 runs DeepSpeed's pipeline engine, at one stage too; ZeRO 0, 2 and 3 its plain engine. Either takes tensor-parallel layers.
+Pipelines, and ZeRO 1 at one stage too, run on DeepSpeed's pipeline engine; ZeRO 0, 2 and 3 on its plain one. Either takes tensor-parallel layers.
 Losses, gradients and weights are those of engine/local.py for the same global batch, however it is split over processes.
 """
 
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from flm_scale.batch import Batch, LossSums, Scores, State
-from flm_scale.config import Run, micro_steps
+from flm_scale.config import OptimConfig, Run, micro_steps
 from flm_scale.engine.base import (
     StepResult,
     Task,
@@ -34,8 +35,9 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
+from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import TIED_WITH, assemble, layer_builders, pretrained_names, run_layers, tie
-from flm_scale.model.parts import Parts, PlainParts
+from flm_scale.model.parts import Parts, PlainParts, shard_of
 from flm_scale.objectives.objective import Objective
 from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
 
@@ -44,6 +46,7 @@ if not torch.cuda.is_available():  # read when DeepSpeed is imported
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.pipe import LayerSpec, PipelineModule
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.schedule import OptimizerStep
@@ -90,6 +93,7 @@ class _Processes:
             self.tensor_group = tensor.tensor_group()
             self.parts = tensor.TensorParts(self.tensor_group, shares_images=run.parallel.vision == "shard_batch")
         self.data_group: dist.ProcessGroup | None = None
+        self.pipe_group: dist.ProcessGroup | None = None
         self.layers, self.num_weights = nn.ModuleDict(), 0
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
@@ -138,9 +142,35 @@ class _Processes:
         dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
+    def _clip(self) -> float:
+        """Return the gradients' norm over all shards and stages, and clip by it: at ZeRO 0 DeepSpeed would clip each stage by its own."""
+        whole_here = self.tensor_group is None or dist.get_rank(self.tensor_group) == 0
+        gradients = [parameter.grad for parameter in self.layers.parameters() if parameter.grad is not None]
+        counted = [parameter.grad for parameter in self.layers.parameters() if parameter.grad is not None
+                   and not hasattr(parameter, "tied_to") and (whole_here or shard_of(parameter))]
+        squares = torch.nn.utils.get_total_norm(counted).square().to(self.device)
+        for group in (self.tensor_group, self.pipe_group):
+            if group is not None:
+                dist.all_reduce(squares, group=group)
+        norm = squares.sqrt()
+        if self.run.optim.clip_norm:
+            torch._foreach_mul_(gradients, (self.run.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
+
     def _initialize(self, module: nn.Module, groups: list[dict[str, Any]], **more: Any) -> Any:  # noqa: ANN401 - DeepSpeed's classes
-        return deepspeed.initialize(model=module, model_parameters=groups, optimizer=build_optimizer(groups, self.run.optim),
-                                    config=self.config, **more)[0]
+        offloads = "offload_optimizer" in self.config["zero_optimization"]
+        optimizer = (_cpu_adam if offloads else build_optimizer)(groups, self.run.optim)
+        return deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=self.config, **more)[0]
+
+
+def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """Return DeepSpeed's AdamW for state in the host's memory. Raises ConfigError where it cannot be compiled."""
+    try:
+        adam: Optimizer = DeepSpeedCPUAdam(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    except RuntimeError as error:
+        raise ConfigError("offloading the optimizer needs DeepSpeed's CPU Adam, which is compiled at its first use: "
+                          f"{error.__cause__ or error}; install g++ and Python's headers, or choose another --parallel.template") from error
+    return adam
 
 
 class PlainDeepSpeedEngine(_Processes):
@@ -172,10 +202,11 @@ class PlainDeepSpeedEngine(_Processes):
                 loss = float(total_loss(whole, self.task, counts))
                 check_finite(loss, step=step, batches=batches)
             self.engine.backward(total_loss(micro, self.task, counts) * self.averaged_away)
-            # ZeRO 0 keeps no norm, but there every rank has the summed gradients until the step.
-            norm = self._gradient_norm() if batch is batches[-1] and self.run.parallel.zero == 0 else 0.0
+            if batch is batches[-1] and self.run.parallel.zero == 0:
+                norm = self._clip()
             self.engine.step()
-        norm = norm or float(self.engine.get_global_grad_norm())
+        if self.run.parallel.zero:
+            norm = float(self.engine.get_global_grad_norm())
         return StepResult(whole, loss, norm, lr)
 
     @torch.no_grad()
@@ -185,10 +216,6 @@ class PlainDeepSpeedEngine(_Processes):
         sums = [score(self.engine, batch.state.to(self.device), self.task) for batch in batches]
         self.engine.train()
         return self._add_up(sums)
-
-    def _gradient_norm(self) -> float:
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.layers.parameters() if p.grad is not None]))
-
 
 class _Mpu:
     """What DeepSpeed's plain engine asks of a model-parallel unit; for it model parallel is tensor parallel."""
@@ -241,16 +268,19 @@ class PipelineDeepSpeedEngine(_Processes):
         counts = self._counts(batches)
         lr = set_lr(self.engine.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
         seen: list[tuple[LossSums, float]] = []
+        norms: list[float] = []
 
         def check() -> None:
             whole = self._add_up_everywhere()
             seen.append((whole, float(total_loss(whole, self.task, counts))))
             # On every rank, or on none: so no rank is left waiting for one that has stopped.
             check_finite(seen[0][1], step=step, batches=batches)
+            if self.run.parallel.zero == 0:
+                norms.append(self._clip())
 
         self._check, self.sums = check, []
         self.engine.train_batch(self._labelled(batches, counts))
-        return StepResult(*seen[0], float(self.engine.get_global_grad_norm()), lr)
+        return StepResult(*seen[0], norms[0] if norms else float(self.engine.get_global_grad_norm()), lr)
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Score this replica's share; sum over replicas."""

@@ -21,7 +21,7 @@ RUN_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_acc
 
 def read_template(parallel: ParallelConfig) -> dict[str, Any]:
     """Return the template that the config names, or else that of its ZeRO stage. Raises ConfigError when it is missing or not JSON."""
-    name = parallel.template or ("zero1-pipeline" if parallel.pipe > 1 else f"zero{parallel.zero}")
+    name = parallel.template or ("zero1-pipeline" if parallel.pipe > 1 and parallel.zero == 1 else f"zero{parallel.zero}")
     path = TEMPLATES / f"{name}.json"
     if not path.is_file():
         known = sorted(template.stem for template in TEMPLATES.glob("*.json"))
@@ -42,14 +42,19 @@ def merge_deepspeed(template: dict[str, Any], run: Run, *, data_parallel_size: i
         problems.append(f"zero_optimization.stage ({stage}) must be parallel.zero ({run.parallel.zero})")
     if stage == 0 and run.precision == "bf16":
         problems.append("precision bf16 needs float32 gradient sums, which DeepSpeed has from ZeRO 1 on; set parallel.zero to 1, 2 or 3")
+    if "offload_optimizer" in template.get("zero_optimization", {}) and run.optim.kind != "adamw":
+        problems.append(f"optim.kind {run.optim.kind} has no form for state in the host's memory; use adamw, or another parallel.template")
     if problems:
         raise ConfigError("DeepSpeed: " + "; ".join(problems))
     steps = micro_steps(run.batch, data_parallel_size=data_parallel_size)
     owned: dict[str, Any] = {
         # One packed micro-batch counts as one sample: how many pairs are in it is the loader's business.
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": steps, "train_batch_size": steps * data_parallel_size,
-        "gradient_clipping": run.optim.clip_norm, "zero_allow_untested_optimizer": True, "steps_per_print": None,
+        # At ZeRO 0 the engine clips, because DeepSpeed's norm leaves the other stages out.
+        "gradient_clipping": run.optim.clip_norm if stage else 0.0, "zero_allow_untested_optimizer": True, "steps_per_print": None,
         "bf16": {"enabled": run.precision == "bf16"}}
     if run.precision == "bf16":
+        # Gradients are float32 sums, over micro-batches and over replicas, unless the template says otherwise.
         owned["data_types"] = {"grad_accum_dtype": "fp32"} | template.get("data_types", {})
+        owned["communication_data_type"] = template.get("communication_data_type", "fp32")
     return template | owned

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TextIO, TypeVar, get_args
 
 Item = TypeVar("Item")
-Phase = Literal["start", "load", "train", "validate", "save", "done"]
+Phase = Literal["start", "load", "receive", "train", "validate", "save", "done"]
 """In the order of a step: two ranks of one step wait for the one in the earlier phase."""
 
 TICK_SECONDS = 10.0

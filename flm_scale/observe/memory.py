@@ -51,13 +51,15 @@ def buffer_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any])
     """Return the bytes of DeepSpeed's largest working buffers: gradients on their way, and under ZeRO 3 the weights gathered at once."""
     weights, element, zero_config = list(weights), element_bytes(run.precision), config["zero_optimization"]
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    bucket: float = element * zero_config.get("reduce_bucket_size", 5 * 10 ** 8)
+    sent_as = element_bytes(config.get("communication_data_type", run.precision))
+    # What is sent in another precision than it has is copied.
+    bucket: float = (element + (sent_as if sent_as != element else 0)) * zero_config.get("reduce_bucket_size", 5 * 10 ** 8)
     match run.parallel.zero:
         case 0:
             return min(bucket, element * trained)
         case 1 if run.precision == "bf16":
-            # The float32 sums are copied to bf16 before they are sent, unless the template says that they are sent as they are.
-            return 0.0 if config.get("communication_data_type") == "fp32" else element * trained
+            # It sends the float32 sums at once.
+            return 0.0 if sent_as == 4 else sent_as * trained
         case 3:
             at_once: float = min(sum(weight.numel() for weight in weights), zero_config.get("stage3_max_live_parameters", 10 ** 9))
             return bucket + element * at_once

@@ -1,3 +1,3 @@
-"""Where this process stands among the others, and what they hand to each other: rank arithmetic (mesh, stages), tensor-parallel blocks
-(tensor, the door to megatron-core), the processes of an evaluation. May import model.parts, model.assemble, config and errors.
+"""How the work is cut over processes: rank arithmetic (mesh, stages), tensor-parallel blocks (tensor, the door to megatron-core), one loader a
+model replica, the processes of an evaluation. May import model, data and what is below them.
 """

@@ -78,6 +78,15 @@ class Layout(NamedTuple):
         """Return the rank at a place."""
         return (stage * self.data + data_index) * self.tensor + tensor_index
 
+    def replica(self, data_index: int) -> list[int]:
+        """Return the ranks that hold one whole model between them, stage after stage. The first of them reads for all."""
+        return [self.rank(stage=stage, data_index=data_index, tensor_index=tensor_index) for stage in range(self.pipe)
+                for tensor_index in range(self.tensor)]
+
+    def reader(self, rank: int) -> int:
+        """Return the rank that reads the batches of a rank's replica."""
+        return self.replica(self.data_index(rank))[0]
+
 
 def find_layout(parallel: ParallelConfig, *, world_size: int) -> Layout:
     """Return the layout over so many processes. Raises ConfigError when they cannot be cut that way."""

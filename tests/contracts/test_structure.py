@@ -135,10 +135,11 @@ def test_every_template_merges_with_every_recipe(recipe: str, precision: str, na
         return
     merged = merge_deepspeed(template, run, data_parallel_size=1)
     assert merged["gradient_accumulation_steps"] == run.batch.micro_batches
-    assert merged["gradient_clipping"] == run.optim.clip_norm
+    assert merged["gradient_clipping"] == (run.optim.clip_norm if stage else 0)
     assert merged["zero_optimization"]["stage"] == stage
     assert merged["bf16"]["enabled"] == (precision == "bf16")
     assert merged.get("data_types") == ({"grad_accum_dtype": "fp32"} if precision == "bf16" else None)
+    assert merged.get("communication_data_type") == ("fp32" if precision == "bf16" else None)
 
 
 @pytest.mark.parametrize("key", RUN_OWNED)

@@ -15,14 +15,14 @@ import torch
 
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.assemble import build_model
-from tests.distributed.worker import LAYOUTS, Case, case_run, file_name
+from tests.distributed.worker import BF16, HAS_COMPILER, LAYOUTS, OFFLOAD, Case, case_run, file_name
 from tests.synthetic import objective_of, random_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # the first test waits for four launches
 
 ALL = [pytest.param(case, (tensor, pipe, size // (tensor * pipe)), zero, id=file_name(case, tensor=tensor, pipe=pipe, data=size // (tensor * pipe),
                                                                                     zero=zero).removesuffix(".pt"))
-       for size, layouts in LAYOUTS.items() for (tensor, pipe, zero), cases in layouts for case in cases]
+       for size, layouts in LAYOUTS.items() for (tensor, pipe, zero), cases in layouts for case in cases if case != BF16]
 
 
 class Reference(NamedTuple):
@@ -55,10 +55,11 @@ def reference(case: Case, data: int) -> Reference:
     objective = objective_of(run)
     engine = LocalEngine(run, build_model(run, objective), objective)
     first, curve, gradients = engine.weights(), [], {}
+    masters = dict(zip(engine.weights_in_model, engine.masters, strict=True))
     take_step = engine.optimizer.step
 
     def look_and_step() -> None:
-        gradients.update({name: parameter.grad.clone() for name, parameter in engine.model.layers.named_parameters()})
+        gradients.update({name: masters[parameter].grad.clone() for name, parameter in engine.model.layers.named_parameters()})
         take_step()
 
     engine.optimizer.step = look_and_step
@@ -81,6 +82,8 @@ def assert_all_close(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 @pytest.mark.parametrize(("case", "layout", "zero"), ALL)
 def test_a_layout_trains_like_one_process(outcomes: Path, case: Case, layout: tuple[int, int, int], zero: int) -> None:
     """Initial weights to the bit; losses, gradient norms, every gradient and every weight to 1e-5; and an evaluation."""
+    if case == OFFLOAD and not HAS_COMPILER:
+        pytest.skip("DeepSpeed's CPU Adam needs g++")
     tensor, pipe, data = layout
     found = torch.load(outcomes / file_name(case, tensor=tensor, pipe=pipe, data=data, zero=zero))
     expected = reference(case, data)
@@ -109,6 +112,13 @@ def test_bf16_follows_the_float32_curve_for_a_hundred_steps(outcomes: Path, layo
     bf16, fp32 = (torch.tensor(torch.load(outcomes / f"{name}.pt")["losses"]) for name in (f"bf16-{layout}", "fp32-11"))
     assert len(bf16) == 100
     assert float(((bf16 - fp32).abs() / fp32).max()) < 0.01
+
+
+@pytest.mark.parametrize("zero", [1, 2])  # the hooks of ZeRO 3 reorder sums of bf16 within the backward pass
+def test_replicas_sum_bf16_gradients_in_float32(outcomes: Path, zero: int) -> None:
+    """Of the first step, from the same weights: sums that went through bf16 would be a thousandth off."""
+    found, expected = torch.load(outcomes / file_name(BF16, tensor=1, pipe=1, data=2, zero=zero)), reference(BF16, 2)
+    assert_all_close(found["gradients"], expected.gradients, floor=0.1 * expected.curve[-1][1])
 
 
 @pytest.mark.parametrize("view", ["transposed", "expanded", "transposed sum"])

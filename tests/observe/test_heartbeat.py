@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from flm_scale.observe.heartbeat import Heartbeat
+from flm_scale.observe.heartbeat import Heartbeat, blame
 
 TIMEOUT = 12
 WORKER = """
@@ -76,6 +76,11 @@ def test_a_stopped_rank_is_named_though_it_was_the_furthest(jobs: dict[str, Job]
 def test_ranks_at_the_same_place_are_all_named(jobs: dict[str, Job]) -> None:
     assert all(f"rank {rank} (" in jobs["same place"].consoles[0] for rank in range(3))
     assert "are stuck" in jobs["same place"].consoles[0]
+
+
+def test_of_two_that_wait_for_a_batch_the_one_that_reads_it_is_named() -> None:
+    beats = [{"rank": rank, "host": "h", "step": 3, "phase": phase} for rank, phase in enumerate(("receive", "load", "train"))]
+    assert blame([], beats) == "rank 1 (h, load of step 3) is stuck"
 
 
 def test_progress_keeps_a_run_alive_and_its_end_is_told(tmp_path: Path) -> None:
