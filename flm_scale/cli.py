@@ -112,6 +112,28 @@ def caption(run_dir: RunDir, images: Annotated[list[Path], tyro.conf.Positional]
     caption_files(run_dir, images, out=out or run_dir / "samples", tensor=tensor, pipe=pipe)
 
 
+def checkpoint_list(run_dir: RunDir) -> None:
+    """List the checkpoints of a run: step, size, layout, age, whole or not.
+
+    Args:
+        run_dir: of a run.
+    """
+    from flm_scale.checkpoint.show import list_checkpoints
+
+    list_checkpoints(run_dir)
+
+
+def checkpoint_verify(run_dir: RunDir) -> None:
+    """Read every file of every checkpoint of a run and compare it with its manifest.
+
+    Args:
+        run_dir: of a run.
+    """
+    from flm_scale.checkpoint.show import verify_checkpoints
+
+    verify_checkpoints(run_dir)
+
+
 def report(run_dir: RunDir) -> None:
     """Write RUN/report.html: one page with curves, pictures, reconstructions and scores."""
     from flm_scale.observe.report import write_report
@@ -122,6 +144,7 @@ def report(run_dir: RunDir) -> None:
 VERBS: dict[tuple[str, ...], Callable[..., None]] = {
     ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
     ("tokenizer", "train"): tokenizer_train, ("tokenizer", "show"): tokenizer_show,
+    ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify,
     ("eval",): eval_run, ("caption",): caption, ("report",): report,
 }
 
@@ -165,7 +188,7 @@ def _dispatch(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     if not words or words[0] in {"-h", "--help"}:
-        print("usage: flm train RECIPE [--run-dir DIR] [--overwrite] [--group.key VALUE ...]\n\n"
+        print("usage: flm train RECIPE [--run-dir DIR] [--overwrite | --resume] [--group.key VALUE ...]\n\n"
               "Train a recipe: alone, or in every process of torchrun, deepspeed or srun.\n\nrecipes:\n"
               f"{_recipe_lines()}\n\nflm train RECIPE --help lists every value and its default.")
         return
@@ -174,17 +197,24 @@ def _train(words: list[str]) -> None:
         raise ConfigError(f"no recipe '{name}'{did_you_mean(name, RECIPES)} (there is: {', '.join(RECIPES)})")
     default = RECIPES[name]()
 
-    def train_recipe(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, run_dir: Path = Path("runs") / name, overwrite: bool = False) -> None:
+    # A bare --resume stands for the latest checkpoint.
+    rest = [part for word, after in itertools.zip_longest(rest, rest[1:], fillvalue="--")
+            for part in ([word, "latest"] if word == "--resume" and after.startswith("--") else [word])]
+
+    def train_recipe(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, run_dir: Path = Path("runs") / name, overwrite: bool = False,
+                     resume: str = "") -> None:
         """Train.
 
         Args:
             run: the recipe's values.
             run_dir: where to write run.json, metrics, weights and samples.
             overwrite: replace an earlier run in that folder.
+            resume: go on behind a checkpoint, on this layout whatever it was saved on: latest (or nothing), a step, or a folder;
+                or-start is latest, and from the start where none was saved yet, as a job wants it that is queued again.
         """
         from flm_scale.train import train
 
-        train(run, run_dir, overwrite=overwrite)
+        train(run, run_dir, overwrite=overwrite, resume=resume)
 
     train_recipe.__doc__ = RECIPES[name].__doc__
     _parse(train_recipe, rest, prog=f"flm train {name}")
@@ -276,6 +306,6 @@ def _run_of(recipe: str) -> Run:
 
 
 def _overview() -> str:
-    lines = [f"  flm {' '.join(verb):18}{_first_line(function)}" for verb, function in VERBS.items()]
-    lines += [f"  flm {'train':18}Train a recipe.", f"  flm {'plan':18}Say what a run needs on so many GPUs."]
+    lines = [f"  flm {' '.join(verb):19}{_first_line(function)}" for verb, function in VERBS.items()]
+    lines += [f"  flm {'train':19}Train a recipe.", f"  flm {'plan':19}Say what a run needs on so many GPUs."]
     return "usage: flm [--debug] COMMAND ...\n\nPretrain vision-language models.\n\n" + "\n".join(lines) + "\n\nflm COMMAND --help tells more."

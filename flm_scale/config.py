@@ -240,6 +240,10 @@ class LogConfig(Section):
     validate_every_steps: int = Field(0, ge=0)
     validation_split: str = "val"
     save_every_steps: int = Field(0, ge=0)
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints that are kept; older ones go when a newer one is whole."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Those of every so many steps stay for good."""
     stall_timeout: float = Field(600.0, ge=0)
     """Seconds after which a job that gets nowhere ends and names the rank at fault: well above the longest step, save or validation batch."""
     peak_tflops: float = Field(0.0, ge=0)

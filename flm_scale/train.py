@@ -10,22 +10,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from flm_scale.batch import Batch, LossSums
-from flm_scale.checkpoint.weights import save_weights
+from flm_scale.checkpoint.reader import Checkpoint
+from flm_scale.checkpoint.store import begin, commit, partial_folder, prune, write_rank
+from flm_scale.checkpoint.weights import check_resumable, find_checkpoint
 from flm_scale.config import Run, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
-from flm_scale.errors import ConfigError, DataError
-from flm_scale.model.assemble import build_model
+from flm_scale.errors import CheckpointError, ConfigError, DataError
+from flm_scale.model.assemble import assemble, layer_builders
+from flm_scale.model.parts import PlainParts
 from flm_scale.objectives.objective import Objective, build_objective
 from flm_scale.observe.cost import BatchShapes, forward_flops, shape_of, training_flops
 from flm_scale.observe.heartbeat import Heartbeat
@@ -41,10 +46,12 @@ SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
 
 
-def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
-    """Train a run from its first step to its last.
+def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str = "") -> None:
+    """Train a run from its first step, or the one behind a checkpoint, to its last.
 
-    Raises UserError for what the user can put right: no dataset, sizes that do not fit it, an occupied run directory, a bad loss.
+    resume: `latest`, `or-start`, a step or a checkpoint's folder (checkpoint.weights.find_checkpoint).
+    Raises UserError for what the user can put right: no dataset, sizes that do not fit it, an occupied run directory, a checkpoint that is
+    damaged or of another run, a bad loss.
     """
     ranks, _ = find_ranks(os.environ)
     layout = find_layout(run.parallel, world_size=ranks.size)
@@ -56,12 +63,20 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
         raise DataError(f"{run.data.path}: split '{run.log.validation_split}' has no caption to validate on; choose another "
                         "--log.validation-split, or --log.validate-every-steps 0")
+    checkpoint = find_checkpoint(run_dir, resume) if resume else None
+    if checkpoint:
+        check_resumable(run, checkpoint)
     if ranks.rank == 0:
-        open_run_dir(run_dir, run, overwrite=overwrite)
-    engine = build_engine(run, objective)
+        open_run_dir(run_dir, run, overwrite=overwrite or resume == "or-start", resumes=checkpoint is not None)
+    engine = build_engine(run, objective, checkpoint)
+    first_step = 0
+    if checkpoint:
+        first_step = checkpoint.step
+        engine.resume(checkpoint.fill, step=first_step)
 
     def training_loader() -> Loader:
-        return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data)
+        return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data,
+                      state=checkpoint.state["loader"] if checkpoint else None)
 
     def validation_pass() -> Iterator[Batch]:
         yield from one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
@@ -69,19 +84,19 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False) -> None:
     loader = ReplicaLoader(layout, rank=ranks.rank, build=training_loader, one_pass=validation_pass)
 
     # The recorder comes first: its live line belongs on the console and not into the log.
-    with closing(Recorder(run, run_dir, engine)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
+    with closing(Recorder(run, run_dir, engine, first_step=first_step)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
             Heartbeat(run_dir, rank=ranks.rank, size=ranks.size, timeout_seconds=run.log.stall_timeout, log=log) as heartbeat:
         recorder.start()
         if engine.rank == 0:
-            announce(run, run_dir, dataset, engine)
-        steps(run, run_dir, engine, loader, objective, recorder=recorder, heartbeat=heartbeat)
+            announce(run, run_dir, dataset, engine, checkpoint)
+        steps(run, run_dir, engine, loader, objective, first_step=first_step, recorder=recorder, heartbeat=heartbeat)
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, objective: Objective, *, recorder: "Recorder",
+def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, objective: Objective, *, first_step: int, recorder: "Recorder",
           heartbeat: Heartbeat) -> None:
-    """Take every step of the run, or those until SIGTERM."""
+    """Take every step of the run behind the first ones, or those until SIGTERM."""
     with sigterm_asks() as asked:
-        for step in range(run.steps):
+        for step in range(first_step, run.steps):
             started = time.perf_counter()
             heartbeat.beat(step + 1, "load" if loader.reads else "receive")
             batches = loader.next_step()
@@ -97,13 +112,46 @@ def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, object
                 recorder.validation(step + 1, {"loss": float(total_loss(sums, objective, sums.count)), **part_values(objective, sums)})
             if due(run.log.save_every_steps, step + 1, step + 1 if stops else run.steps, always_last=True):
                 heartbeat.beat(step + 1, "save")
-                weights = engine.weights()
-                if engine.rank == 0:
-                    save_weights(run_dir, weights, run, step=step + 1, loader_state=loader.state)
+                saved = save(run, run_dir, engine, loader, step=step + 1)
+                if not saved and (stops or step + 1 == run.steps):
+                    raise CheckpointError(f"{run_dir}: the last step, {step + 1}, could not be saved; make room and add --resume to train on from "
+                                          "the checkpoint before it")
             if stops:
                 if engine.rank == 0:
-                    print(f"flm: stopped by SIGTERM after step {step + 1} of {run.steps}, weights saved", file=sys.stderr)
+                    print(f"flm: stopped by SIGTERM after step {step + 1} of {run.steps}, saved; --resume goes on", file=sys.stderr)
                 return
+
+
+def save(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, *, step: int) -> bool:
+    """Write a checkpoint and return whether that went well; collective. If not, it says why, and those before it stay as they are."""
+    pieces = engine.saved_pieces()
+
+    def failed(on_this_rank: bool, work: Callable[[], object]) -> bool:
+        problem = False
+        if on_this_rank:
+            try:
+                work()
+            except CheckpointError as error:
+                print(f"flm: saving step {step}: {error}", file=sys.stderr)
+                problem = True
+        return any_rank(problem, engine.device)
+
+    folder, first = partial_folder(run_dir, step=step), engine.rank == 0
+    state = {"step": step, "layout": f"tensor {engine.layout.tensor}, pipe {engine.layout.pipe}, data {engine.layout.data}, ZeRO {run.parallel.zero}",
+             "loader": loader.state if first else {}, "versions": {"flm_scale": version("flm_scale"), "torch": torch.__version__}}
+    # Each goes on only when it went well on all ranks.
+    saved = not (failed(first, lambda: begin(run_dir, step=step))
+                 or failed(True, lambda: write_rank(folder, rank=engine.rank, pieces=pieces, state=random_state()))
+                 or failed(first, lambda: commit(folder, num_ranks=engine.layout.size, run_json=run.model_dump_json(indent=2), state=state,
+                                                 timeout_seconds=run.log.stall_timeout)))
+    if saved:
+        failed(first, lambda: prune(run_dir, keep_last=run.log.keep_last, keep_every=run.log.keep_every_steps))
+    return saved
+
+
+def random_state() -> dict[str, str]:
+    """Return this process's generator of random numbers. Nothing in training draws from it: all that is random is keyed by seed and name."""
+    return {"torch": bytes(torch.get_rng_state()).hex()}
 
 
 @contextmanager
@@ -137,32 +185,36 @@ def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
     return run.replace(data=run.data.replace(manifest_hash=dataset.root, tokenizer_hash=tokenizer.fingerprint))
 
 
-def open_run_dir(run_dir: Path, run: Run, *, overwrite: bool) -> None:
-    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced."""
-    if run_dir.exists() and any(run_dir.iterdir()):
+def open_run_dir(run_dir: Path, run: Run, *, overwrite: bool, resumes: bool) -> None:
+    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced or goes on."""
+    if not resumes and run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / "run.json").is_file():
             raise ConfigError(f"{run_dir} is not empty and not a run; choose another --run-dir")
         if not overwrite:
-            raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or add --overwrite to replace it")
+            raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or add --resume to go on with it, --overwrite to replace it")
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "run.json").write_text(run.model_dump_json(indent=2) + "\n")
 
 
-def build_engine(run: Run, objective: Objective) -> Engine:
-    """Return the engine that the run names, around the run's model. Raises ConfigError for several processes on the local one."""
+def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None) -> Engine:
+    """Return the engine that the run names, around the run's model as it starts, or as it was saved.
+
+    Raises ConfigError for several processes on the local one.
+    """
+    builders = partial(layer_builders, run, objective, weight_of=checkpoint.weight if checkpoint else None)
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
         if run.parallel.in_stages:
-            return PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, shape_of(run.vision)))
-        return PlainDeepSpeedEngine(run, objective)
+            return PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, shape_of(run.vision)), builders=builders)
+        return PlainDeepSpeedEngine(run, objective, builders=builders)
     from flm_scale.engine.local import LocalEngine
 
     ranks, _ = find_ranks(os.environ)
     if ranks.size > 1:
         raise ConfigError(f"parallel.engine 'local' is one process, but the launcher started {ranks.size}; add --parallel.engine deepspeed")
-    return LocalEngine(run, build_model(run, objective), objective)
+    return LocalEngine(run, assemble(run, builders(PlainParts())), objective)
 
 
 def part_values(objective: Objective, sums: LossSums) -> dict[str, float]:
@@ -182,20 +234,20 @@ def due(every: int, step: int, last: int, *, always_last: bool = False) -> bool:
 class Recorder:
     """Keeps count of what a run did and tells: metrics.jsonl, TensorBoard, the live line. Only rank 0 tells, and who reads names bad pictures."""
 
-    def __init__(self, run: Run, run_dir: Path, engine: Engine) -> None:
-        self.run, self.engine = run, engine
+    def __init__(self, run: Run, run_dir: Path, engine: Engine, *, first_step: int = 0) -> None:
+        self.run, self.engine, self.first_step = run, engine, first_step
         self.vision = shape_of(run.vision)
         peak = run.log.peak_tflops * 1e12 or peak_flops(engine.device, run.precision)
         self.meter = Meter(peak_flops=peak, world_size=engine.layout.size)
         self.images = self.bad_images = 0.0
         self.names_bad_images = engine.rank == engine.layout.reader(engine.rank)
         tells = engine.rank == 0
-        self.log = MetricsLog(run_dir) if tells else None
-        self.progress = Progress(run.steps, 1, sys.stderr) if tells else None
+        self.log = MetricsLog(run_dir, first_step=first_step + 1) if tells else None
+        self.progress = Progress(run.steps, first_step + 1, sys.stderr) if tells else None
 
     def start(self) -> None:
         """Record what does not change."""
-        if self.log:
+        if self.log and self.first_step == 0:
             self.log.log(0, {"parameters": self.engine.num_weights})
 
     def count(self, batches: list[Batch]) -> None:
@@ -233,14 +285,15 @@ class Recorder:
             self.log.close()
 
 
-def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine) -> None:
+def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, checkpoint: Checkpoint | None) -> None:
     """Say what will be done."""
     layout, parallel = engine.layout, run.parallel
     how = f"deepspeed ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "local"
     if layout.size > layout.data:
         how += f", tensor {layout.tensor} x pipe {layout.pipe} x data {layout.data}"
     print(f"flm: {run.name}: {run.objective.kind}, {engine.num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} "
-          f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}",
+          f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}"
+          + (f"; goes on behind {checkpoint.folder}" if checkpoint else ""),
           file=sys.stderr)
 
 

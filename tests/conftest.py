@@ -17,9 +17,9 @@ COLORS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Bit-equal results, and no fight over two cores."""
+    """Bit-equal results, and no fight over two cores; before any other fixture trains."""
     torch.set_num_threads(1)
 
 

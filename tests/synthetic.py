@@ -1,12 +1,15 @@
 """Small Runs and random packed micro-batches, for tests that need a model but no dataset."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flm_scale.batch import Batch, Example
+from flm_scale.checkpoint.store import begin, commit, write_rank
 from flm_scale.config import (
     ArConfig,
     BatchConfig,
@@ -19,6 +22,7 @@ from flm_scale.config import (
     TextConfig,
 )
 from flm_scale.data.pack import pack
+from flm_scale.model.parts import Piece
 from flm_scale.objectives.objective import Objective, build_objective
 
 MASK_ID = 4
@@ -68,3 +72,11 @@ def random_batch(run: Run, *, seed: int) -> Batch:
     objective = objective_of(run)
     counts = rng.integers(1, 4, size=rng.integers(2, 6)).tolist()
     return as_batch(random_examples(objective, rng, captions_per_image=counts), random_pixels(len(counts), rng), objective)
+
+
+def write_weights(run_dir: Path, weights: dict[str, Tensor], run: Run | None = None, *, step: int = 0) -> Path:
+    """Commit a checkpoint of weights alone, as one process would, and return its folder."""
+    pieces = [Piece(name, "weight", tuple(weight.shape), None, 0, weight.detach().float().flatten()) for name, weight in weights.items()]
+    partial = begin(run_dir, step=step)
+    write_rank(partial, rank=0, pieces=pieces, state={})
+    return commit(partial, num_ranks=1, run_json=run.model_dump_json() if run else "{}", state={"step": step}, timeout_seconds=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
 from tests.test_train import lines_of, train
 
@@ -40,9 +41,9 @@ def wait_until(true: Callable[[], object], *, seconds: float = 300) -> None:
 
 def said_to_stop_at(run_dir: Path, console: str) -> int:
     """The step after which a run said that it stops, where its weights are."""
-    found = re.search(r"flm: stopped by SIGTERM after step (\d+) of 1000000, weights saved", console)
+    found = re.search(r"flm: stopped by SIGTERM after step (\d+) of 1000000, saved", console)
     assert found, console
-    assert (run_dir / f"checkpoints/step-{int(found[1]):06d}/model.safetensors").is_file()
+    assert (run_dir / f"checkpoints/step-{int(found[1]):06d}/manifest.json").is_file()
     return int(found[1])
 
 
@@ -126,6 +127,20 @@ def test_scancel_lets_a_job_save_its_weights_and_say_so(slurm: Slurm, toy_datase
     console = Path(f"{run_dir}.out").read_text()
     assert said_to_stop_at(run_dir, console) == len(losses(run_dir))
     assert "Traceback" not in console
+
+
+@pytest.mark.slow
+def test_a_job_that_is_queued_again_ends_like_an_unbroken_one(slurm: Slurm, toy_dataset: Dataset, tmp_path: Path) -> None:
+    run_dir, more = tmp_path / "run", ("--steps", "60", "--log.save-every-steps", "5")
+    assert main(["train", *words(toy_dataset, *more), "--run-dir", str(tmp_path / "unbroken")]) == 0
+    job = slurm.submit(run_dir, words(toy_dataset, *more))
+    wait_until(lambda: len(losses(run_dir)) > 6)
+    slurm.run("scontrol", "requeue", job)
+    wait_until(lambda: slurm.state(job) == "PENDING")
+    slurm.run("scontrol", "update", f"job={job}", "starttime=now")
+    assert slurm.last_state(job) == "COMPLETED"
+    assert "goes on behind" in Path(f"{run_dir}.out").read_text()
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_a_finished_run_is_not_overwritten_unless_told(trained: Path, toy_datase
     run_dir = shutil.copytree(trained, tmp_path / "copy")
     before = (run_dir / "metrics.jsonl").read_bytes()
     assert train(toy_dataset.folder, run_dir) == 2
-    assert "add --overwrite" in capsys.readouterr().err
+    assert "add --resume to go on with it, --overwrite to replace it" in capsys.readouterr().err
     assert (run_dir / "metrics.jsonl").read_bytes() == before
     assert train(toy_dataset.folder, run_dir, "--overwrite") == 0
 

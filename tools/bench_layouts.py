@@ -22,11 +22,9 @@ from rich.table import Table
 from flm_scale.batch import Batch
 from flm_scale.config import ParallelConfig, Run
 from flm_scale.data.pack import pack
-from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 from flm_scale.objectives.objective import Objective, build_objective
-from flm_scale.observe.cost import vision_shape
-from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.recipes import demo
+from flm_scale.train import build_engine
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "send", "recv", "barrier")
 # What a pipeline stage does, by DeepSpeed's names of its instructions; the rest of a step it waits.
@@ -74,13 +72,12 @@ def batch_of(run: Run, objective: Objective, *, seed: int, pairs: int = 32) -> B
     return Batch(state, ("",), pairs, len(state.ids), counts)
 
 
-def open_engine(run: Run, objective: Objective, clock: Clock) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
+def open_engine(run: Run, objective: Objective, clock: Clock) -> Any:  # noqa: ANN401 - either of DeepSpeed's
     """Return the run's engine; the clock counts what a pipeline does."""
-    if not run.parallel.in_stages:
-        return PlainDeepSpeedEngine(run, objective)
-    engine = PipelineDeepSpeedEngine(run, objective, bounds=stage_bounds(run, vision_shape(run.vision)))
-    methods = engine.engine._INSTRUCTION_MAP  # noqa: SLF001
-    methods |= {kind: clock.counted(method, INSTRUCTIONS[kind.__name__]) for kind, method in methods.items() if kind.__name__ in INSTRUCTIONS}
+    engine: Any = build_engine(run, objective)
+    if run.parallel.in_stages:
+        methods = engine.engine._INSTRUCTION_MAP  # noqa: SLF001
+        methods |= {kind: clock.counted(method, INSTRUCTIONS[kind.__name__]) for kind, method in methods.items() if kind.__name__ in INSTRUCTIONS}
     return engine
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from flm_scale.batch import Batch, LossSums, Scores, State, Term, part_weights
 from flm_scale.config import OptimConfig
 from flm_scale.errors import NonFiniteLossError
 from flm_scale.model.assemble import LayerList, is_table
-from flm_scale.model.parts import whole_size
+from flm_scale.model.parts import Piece, whole_size
 from flm_scale.parallel.mesh import Layout
 
 
@@ -67,6 +67,18 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the whole model's weights on rank 0, in float32 on the CPU; elsewhere nothing."""
+        ...
+
+    def pieces(self) -> list[Piece]:
+        """Return what this process holds of float32 weights and moments, frozen weights apart; what is copied into it is trained on from."""
+        ...
+
+    def saved_pieces(self) -> list[Piece]:
+        """Return what this process saves: frozen weights too, and of what several processes hold alike each piece on one of them."""
+        ...
+
+    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
+        """Let `fill` copy into the pieces what they were after so many steps. The model must have been built with the weights of that step."""
         ...
 
 

@@ -10,7 +10,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,10 +34,10 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
+from flm_scale.engine.pieces import moments_of, pieces_of, set_steps_taken, whole_share, zero_share
 from flm_scale.errors import ConfigError
-from flm_scale.model.assemble import TIED_WITH, assemble, layer_builders, pretrained_names, run_layers, tie
-from flm_scale.model.parts import Parts, PlainParts, shard_of
-from flm_scale.objectives.objective import Objective
+from flm_scale.model.assemble import TIED_WITH, assemble, pretrained_names, run_layers, tie
+from flm_scale.model.parts import Parts, Piece, PlainParts, shard_of
 from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
 
 if not torch.cuda.is_available():  # read when DeepSpeed is imported
@@ -95,6 +94,7 @@ class _Processes:
         self.data_group: dist.ProcessGroup | None = None
         self.pipe_group: dist.ProcessGroup | None = None
         self.layers, self.num_weights = nn.ModuleDict(), 0
+        self.engine: Any
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Return each value added up over all data-parallel replicas."""
@@ -121,6 +121,41 @@ class _Processes:
         stages: list[dict[str, Tensor] | None] = [None] * self.layout.size
         dist.gather_object(mine, stages if self.rank == 0 else None)
         return {name: tensor for stage in stages if stage for name, tensor in stage.items()}
+
+    def pieces(self) -> list[Piece]:
+        """Return views of this process's share of float32 masters and moments, as ZeRO cuts them."""
+        return [piece for name, parameter in self.layers.named_parameters() if parameter.requires_grad
+                for piece in self._pieces_of(getattr(parameter, "tied_to", name), parameter)]
+
+    def saved_pieces(self) -> list[Piece]:
+        """Return those pieces that no process before this one has as well, and the frozen weights."""
+        first_replica, first_shard = self.data_index == 0, self.rank % self.layout.tensor == 0
+        saved = list[Piece]()
+        for name, parameter in self.layers.named_parameters():
+            if hasattr(parameter, "tied_to") or not (first_shard or shard_of(parameter)):
+                continue
+            if parameter.requires_grad and (first_replica or self.run.parallel.zero):
+                saved += self._pieces_of(name, parameter)
+            elif not parameter.requires_grad:
+                whole = self._full_precision(parameter)
+                saved += pieces_of(name, parameter, whole_share(whole.float()), {}) if first_replica else ()
+        return saved
+
+    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
+        """Go on behind so many steps."""
+        fill(self.pieces())
+        set_steps_taken(self.torch_optimizer, step)
+
+    @property
+    def torch_optimizer(self) -> Optimizer:
+        """The optimizer that DeepSpeed wraps; at ZeRO 0 it wraps none."""
+        optimizer: Optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        return optimizer
+
+    def _pieces_of(self, name: str, parameter: nn.Parameter) -> Iterator[Piece]:
+        share = zero_share(parameter, self.engine.optimizer, zero=self.run.parallel.zero, data_index=self.data_index)
+        if share is not None:
+            yield from pieces_of(name, parameter, share, moments_of(self.torch_optimizer, share.master))
 
     def _full_precision(self, parameter: nn.Parameter) -> Tensor:
         # Collective where the parameter is sharded. Frozen ones have no float32 master.
@@ -176,9 +211,10 @@ def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
 class PlainDeepSpeedEngine(_Processes):
     """DeepSpeed's plain engine around the whole layer list."""
 
-    def __init__(self, run: Run, task: Objective) -> None:
+    def __init__(self, run: Run, task: Task, *, builders: Callable[[Parts], dict[str, Callable[[], nn.Module]]]) -> None:
+        """builders: what builds the layer list of these parts (model.assemble.layer_builders)."""
         super().__init__(run, task)
-        model = assemble(run, layer_builders(run, task, self.parts))
+        model = assemble(run, builders(self.parts))
         self.layers, self.num_weights = model.layers, count_weights(model.layers)
         more = {}
         if self.tensor_group is not None:
@@ -230,17 +266,15 @@ class _Mpu:
 class PipelineDeepSpeedEngine(_Processes):
     """DeepSpeed's pipeline engine over the layer list, cut into stages."""
 
-    def __init__(self, run: Run, task: Objective, *, bounds: Sequence[int],
-                 builders: Callable[[Parts], dict[str, Callable[[], nn.Module]]] | None = None) -> None:
+    def __init__(self, run: Run, task: Task, *, bounds: Sequence[int], builders: Callable[[Parts], dict[str, Callable[[], nn.Module]]]) -> None:
         """bounds: the stages' first layers by their place in the list, and the list's length behind them.
 
-        builders: what builds the list of these parts, where it is not the run's own with its initial weights.
+        builders: what builds the layer list of these parts (model.assemble.layer_builders); only those of this process's stage are called.
         """
         super().__init__(run, task)
         self.sums: list[LossSums] = []
         """Of the micro-batches that this rank, on the last stage, has scored."""
-        build = builders or partial(layer_builders, run, task)
-        stage = _Stage(run, build(self.parts), bounds, self.layout, self._score_labelled)
+        stage = _Stage(run, builders(self.parts), bounds, self.layout, self._score_labelled)
         self.layers, grid = stage.layers, stage.mpu()
         self.data_group, self.pipe_group = grid.get_data_parallel_group(), grid.get_pipe_parallel_group()
         if self.tensor_group is not None:

@@ -1,6 +1,6 @@
 """One process of plain PyTorch: the reference that every other engine is held against."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from flm_scale.engine.base import (
     set_lr,
     total_loss,
 )
+from flm_scale.engine.pieces import moments_of, pieces_of, set_steps_taken, whole_share
 from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.model.parts import Piece
 from flm_scale.parallel.mesh import Layout
 
 
@@ -79,6 +81,24 @@ class LocalEngine:
         masters = dict(zip(map(id, self.weights_in_model), self.masters, strict=True))
         return {name: masters.get(id(parameter), parameter).detach().float().cpu().clone()
                 for name, parameter in self.model.layers.named_parameters()}
+
+    def pieces(self) -> list[Piece]:
+        """Return views of all masters and their moments."""
+        masters = dict(zip(self.weights_in_model, self.masters, strict=True))
+        return [piece for name, parameter in self.layers.named_parameters() if parameter in masters
+                for piece in pieces_of(name, parameter, whole_share(masters[parameter]), moments_of(self.optimizer, masters[parameter]))]
+
+    def saved_pieces(self) -> list[Piece]:
+        """Return all pieces and the frozen weights."""
+        frozen = [piece for name, parameter in self.layers.named_parameters() if not parameter.requires_grad
+                  for piece in pieces_of(name, parameter, whole_share(parameter.float()), {})]
+        return self.pieces() + frozen
+
+    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
+        """Go on behind so many steps."""
+        fill(self.pieces())
+        set_steps_taken(self.optimizer, step)
+        self._publish_masters()
 
     @torch.no_grad()
     def _collect_gradients(self) -> None:

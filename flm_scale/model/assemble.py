@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -106,10 +106,16 @@ def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay
     return VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers), relay=relay)
 
 
-def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True) -> dict[str, Callable[[], nn.Module]]:
-    """Return, in the list's order, what builds each layer with its initial weights; a process calls those of its own stage."""
+def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True,
+                   weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
+    """Return, in the list's order, what builds each layer with its initial weights; a process calls those of its own stage.
+
+    load_pretrained: False where a run's own weights will fill the layers, so that no download is needed.
+    weight_of: gives every whole weight by name, to be filled from (model.parts.fill); then nothing is drawn or downloaded.
+    """
     # The tower comes in one piece, and only where one of its layers is asked for.
-    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=run.text.width, parts=parts, load_pretrained=load_pretrained))
+    downloads = load_pretrained and weight_of is None
+    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=run.text.width, parts=parts, load_pretrained=downloads))
     names = vision_names(run.vision)
     builders = {name: partial(lambda place: tower()[place], place) for place, name in enumerate(names)} | text_builders(run.text, objective, parts)
 
@@ -117,8 +123,11 @@ def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrai
         layer = build()
         with torch.no_grad():
             for weight, parameter in layer.named_parameters(prefix=name):
-                if not is_pretrained(run, weight) and not parameter.is_meta:
-                    initialize(parameter, name=TIED_WITH.get(weight, weight) if run.text.tied else weight, seed=run.seed)
+                own_name = TIED_WITH.get(weight, weight) if run.text.tied else weight
+                if weight_of is not None:
+                    fill(parameter, weight_of(own_name))
+                elif not is_pretrained(run, weight) and not parameter.is_meta:
+                    initialize(parameter, name=own_name, seed=run.seed)
         return layer
 
     return {name: partial(initialized, name, build) for name, build in builders.items()}

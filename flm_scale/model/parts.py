@@ -72,6 +72,23 @@ def fill(parameter: Tensor, whole: Any) -> None:  # noqa: ANN401 - safetensors' 
     parameter.zero_().narrow(shard.dim, 0, piece.shape[shard.dim]).copy_(piece)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one process holds of one tensor of the training state: a run of values of a weight, or of one of its moments."""
+
+    name: str
+    """The weight's canonical name."""
+    kind: str
+    """`weight` (float32), or the optimizer's name of a moment: `exp_avg`, `exp_avg_sq`."""
+    shape: tuple[int, ...]
+    """Of this process's shard of it, filled-up rows included."""
+    shard: Shard | None
+    start: int
+    """Place of the first value within the flattened shard."""
+    values: Float[Tensor, " values"]
+    """A view of the live state: what is copied into it is what training goes on with."""
+
+
 @runtime_checkable
 class Parts(Protocol):
     """Maker of the blocks that may be sharded."""

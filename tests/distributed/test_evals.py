@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from flm_scale.checkpoint.weights import save_weights
 from flm_scale.config import ParallelConfig
 from flm_scale.data.shards import Dataset
 from flm_scale.engine.local import LocalEngine
@@ -19,7 +18,7 @@ from flm_scale.evals.show import caption_files
 from flm_scale.model.assemble import build_model
 from tests.distributed.eval_worker import LAYOUTS, answers, findings
 from tests.evals.picture_set import picture_set
-from tests.synthetic import objective_of, tiny_run
+from tests.synthetic import objective_of, tiny_run, write_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -39,7 +38,7 @@ def write_run(run_dir: Path, dataset: Dataset, *, tied: bool) -> None:
             parameter.data.mul_(4)
     run_dir.mkdir()
     (run_dir / "run.json").write_text(run.model_dump_json())
-    save_weights(run_dir, engine.weights(), run, step=0, loader_state={})
+    write_weights(run_dir, engine.weights(), run)
 
 
 @pytest.fixture(scope="module")

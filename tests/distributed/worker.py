@@ -7,8 +7,10 @@ import gc
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed.utils.groups
 import torch
@@ -72,12 +74,14 @@ def file_name(case: Case, *, tensor: int, pipe: int, data: int, zero: int) -> st
     return f"{tensor}{pipe}{data}-zero{zero}-{'-'.join(map(str, case))}.pt"
 
 
-def engine_of(run: Run) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
+def engine_of(run: Run, weight_of: Callable[[str], Any] | None = None) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
     objective = objective_of(run)
+    builders = partial(layer_builders, run, objective, weight_of=weight_of)
     if not run.parallel.in_stages:
-        return PlainDeepSpeedEngine(run, objective)
-    layers = len(layer_builders(run, objective, PlainParts()))
-    return PipelineDeepSpeedEngine(run, objective, bounds=[layers * stage // run.parallel.pipe for stage in range(run.parallel.pipe + 1)])
+        return PlainDeepSpeedEngine(run, objective, builders=builders)
+    layers = len(builders(PlainParts()))
+    bounds = [layers * stage // run.parallel.pipe for stage in range(run.parallel.pipe + 1)]
+    return PipelineDeepSpeedEngine(run, objective, bounds=bounds, builders=builders)
 
 
 def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:

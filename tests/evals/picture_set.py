@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flm_scale.checkpoint.weights import save_weights
 from flm_scale.config import Run
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.model.assemble import build_model
-from tests.synthetic import objective_of, tiny_run
+from tests.synthetic import objective_of, tiny_run, write_weights
 
 COLORS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
 
@@ -53,5 +52,5 @@ def trained_run(run_dir: Path, dataset: Dataset, *, objective: str = "flm") -> R
     model = build_model(run, objective_of(run))
     run_dir.mkdir()
     (run_dir / "run.json").write_text(run.model_dump_json())
-    save_weights(run_dir, {name: parameter.detach() for name, parameter in model.layers.named_parameters()}, run, step=0, loader_state={})
+    write_weights(run_dir, dict(model.layers.named_parameters()), run)
     return run

@@ -1,0 +1,287 @@
+"""A run's checkpoints: what every rank holds, committed as one folder that is whole when it has its name, and read by any layout.
+
+    checkpoints/step-000123/
+        rank-00000.safetensors   the pieces that rank 0 wrote: runs of float32 weights and of their moments
+        rank-00000.json          rank 0's own state
+        run.json, state.json     the resolved Run; step, loader state, layout
+        manifest.json            size and hash of every file above, and of itself; written last
+    checkpoints/latest           name of the newest folder, for people and scripts; never trusted here
+
+To save, rank 0 calls `begin`, all ranks wait for it, each calls `write_rank`, and rank 0 `commit`, which needs no collective: a rank is
+done when its entry file is there. One save at a time. A crash at any instant leaves the last good checkpoint for `last_good`.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b, file_digest
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from flm_scale.checkpoint.reader import Checkpoint, first_of, rank_name
+from flm_scale.checkpoint.reshard import encode_pieces
+from flm_scale.errors import CheckpointError
+from flm_scale.model.parts import Piece
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+POLL_SECONDS = 0.1
+
+
+class FileEntry(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: int
+    blake2b: str
+
+
+class Listed(NamedTuple):
+    """One line of the list of a run's checkpoints."""
+
+    step: int
+    num_bytes: int
+    layout: str
+    age_seconds: float
+    problem: str
+    """What is wrong, as far as names and sizes tell; empty for a good one."""
+
+
+def partial_folder(run_dir: Path, *, step: int) -> Path:
+    """Return where all ranks write until the checkpoint is committed."""
+    return run_dir / "checkpoints" / f".step-{step:06d}.partial"
+
+
+def begin(run_dir: Path, *, step: int) -> Path:
+    """Clear what earlier saves left unfinished and make the partial folder: rank 0 only, then all wait. Raises CheckpointError."""
+    partial = partial_folder(run_dir, step=step)
+    with _writing(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in partial.parent.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        _clear_trash(partial.parent)
+        partial.mkdir()
+    return partial
+
+
+def write_rank(partial: Path, *, rank: int, pieces: Sequence[Piece], state: Mapping[str, Any]) -> None:
+    """Write a rank's pieces and its own JSON state; when this returns they are on the disk.
+
+    Pieces on a GPU are copied to the host one at a time. Raises CheckpointError when the disk is full, read-only or gone.
+    """
+    name = rank_name(rank)
+    with _writing(partial):
+        (partial / f"{name}.entry").unlink(missing_ok=True)
+        files = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", encode_pieces(pieces)),
+                 f"{name}.json": _write(partial / f"{name}.json", [json.dumps(state).encode()])}
+        _write(partial / f".{name}.entry", [json.dumps(files).encode()])
+        _flush_folder(partial)
+        (partial / f".{name}.entry").replace(partial / f"{name}.entry")
+
+
+def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, Any], timeout_seconds: float) -> Path:
+    """Wait until all ranks have written, seal the folder, give it its name and return it: rank 0 only.
+
+    An older checkpoint of the same step stays good until this one is. Raises CheckpointError when the disk is full, read-only or gone,
+    when what is there is not what the ranks wrote, and when a rank has not written after timeout_seconds.
+    """
+    final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+    replaced = partial.with_name(f".{final.name}.replaced")
+    with _writing(partial):
+        files = _wait_for_entries(partial, num_ranks, timeout_seconds)
+        files["run.json"] = _write(partial / "run.json", [run_json.encode()])
+        files["state.json"] = _write(partial / "state.json", [json.dumps(state, indent=1).encode()])
+        for rank in range(num_ranks):
+            (partial / f"{rank_name(rank)}.entry").unlink()
+        _write(partial / MANIFEST, [_manifest(FORMAT, files)])
+        _flush_folder(partial)
+        open_checkpoint(partial, full=False)
+        if final.exists():
+            _discard(replaced)
+            final.rename(replaced)
+        partial.rename(final)
+        _flush_folder(final.parent)
+        _discard(replaced)
+        _write(final.with_name(f".{LATEST}"), [final.name.encode()])
+        final.with_name(f".{LATEST}").replace(final.with_name(LATEST))
+        _flush_folder(final.parent)
+    return final
+
+
+def open_checkpoint(folder: Path, *, full: bool) -> Checkpoint:
+    """Check that every file is there with its size, and with `full` its content: one altered byte in any file is found.
+
+    Raises CheckpointError that names what is missing, damaged or too much.
+    """
+    try:
+        data = (folder / MANIFEST).read_bytes()
+        content = json.loads(data)
+        files: dict[str, FileEntry] = content["files"]
+        is_sealed = data == _manifest(content["format"], files)
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}), so this is no whole checkpoint; use another step") from error
+    except (ValueError, KeyError, TypeError):
+        is_sealed = False
+    if not is_sealed:
+        raise CheckpointError(f"{folder / MANIFEST}: is damaged; use another step")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{folder}: is of format {content['format']}, and this program reads {FORMAT}; use the program that wrote it")
+    with ThreadPoolExecutor(8) as pool:
+        problems = [problem for problem in pool.map(lambda name: _problem(folder / name, files[name], full=full), files) if problem]
+    problems += [f"{name} is too much" for name in sorted(path.name for path in folder.glob("rank-*")) if name not in files]
+    if problems:
+        raise CheckpointError(f"{folder}: {first_of(problems)}; use another step")
+    return Checkpoint(folder, step=_step_of(folder), num_ranks=sum(name.endswith(".safetensors") for name in files))
+
+
+def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
+    """Return the newest checkpoint that is whole, with `full` after reading all of it; says on standard error which newer ones were passed over.
+
+    Raises CheckpointError when there is none, or none that is good: nothing may start from random then.
+    """
+    folders = folders_of(run_dir)
+    for folder in folders:
+        try:
+            return open_checkpoint(folder, full=full)
+        except CheckpointError as error:
+            print(f"flm: passed over {error}", file=sys.stderr, flush=True)
+    if folders:
+        raise CheckpointError(f"{run_dir}: none of the {len(folders)} checkpoints is good; restore one from a copy, or train anew in "
+                              "another run directory")
+    raise CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints (at least 1) and those of steps that `keep_every` divides (0: none).
+
+    Counts those whose names and sizes are right, so that damaged ones push no good one out. A damaged one is deleted with what is as old.
+    Raises CheckpointError when the disk refuses.
+    """
+    assert keep_last >= 1
+    folders = folders_of(run_dir)
+    good: dict[int, Path] = {}
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):
+            good.setdefault(_step_of(folder), open_checkpoint(folder, full=False).folder)
+    if not good:
+        return
+    oldest = list(good)[:keep_last][-1]
+    with _writing(run_dir / "checkpoints"):
+        _clear_trash(run_dir / "checkpoints")
+        for leftover in (run_dir / "checkpoints").glob(".step-*.partial"):
+            if _step_of(leftover) <= max(good):
+                _discard(leftover)
+        for folder in folders:
+            step = _step_of(folder)
+            is_old = step < oldest and not (keep_every and step % keep_every == 0)
+            if is_old or good.get(step, folder) != folder:
+                _discard(folder)
+
+
+def describe(run_dir: Path) -> list[Listed]:
+    """List a run's checkpoints, newest first, without reading the weights."""
+    rows = []
+    for folder in folders_of(run_dir):
+        layout = problem = ""
+        try:
+            layout = str(open_checkpoint(folder, full=False).state.get("layout", ""))
+        except CheckpointError as error:
+            problem = str(error)
+        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        rows.append(Listed(_step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
+    return rows
+
+
+def _wait_for_entries(partial: Path, num_ranks: int, timeout_seconds: float) -> dict[str, FileEntry]:
+    names = {f"{rank_name(rank)}.entry" for rank in range(num_ranks)}
+    give_up = time.monotonic() + timeout_seconds
+    # The folder is listed, because a network file system remembers for a while that a name it was asked for was not there.
+    while missing := sorted(names - {path.name for path in partial.iterdir()}):
+        if time.monotonic() > give_up:
+            raise CheckpointError(f"{partial}: {first_of([name.removesuffix('.entry') for name in missing])} not written after "
+                                  f"{timeout_seconds:g} s; is the run directory on a disk that all nodes share?")
+        time.sleep(POLL_SECONDS)
+    files: dict[str, FileEntry] = {}
+    for name in sorted(names):
+        files |= json.loads((partial / name).read_text())
+    return files
+
+
+def _manifest(version: int, files: Mapping[str, FileEntry]) -> bytes:
+    """Return the only text that a manifest of these files has: any other one is damaged."""
+    content: dict[str, Any] = {"format": version, "files": files}
+    seal = blake2b(json.dumps(content).encode(), digest_size=32).hexdigest()
+    return json.dumps(content | {"blake2b": seal}, indent=1).encode()
+
+
+def _problem(path: Path, entry: FileEntry, *, full: bool) -> str:
+    try:
+        if (size := path.stat().st_size) != entry["bytes"]:
+            return f"{path.name} has {size} bytes instead of {entry['bytes']}"
+        if full:
+            with path.open("rb") as file:
+                if file_digest(file, lambda: blake2b(digest_size=32)).hexdigest() != entry["blake2b"]:
+                    return f"{path.name} is damaged (its hash is another)"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return ""
+
+
+def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file to the disk itself, and return its entry."""
+    digest, size = blake2b(digest_size=32), 0
+    with _writing(path), path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+            digest.update(block)
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be written ({error.strerror}); the disk must be there, writable and have room; "
+                              "older checkpoints are as they were") from error
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder, which loses its name first, so that no crash leaves half of it under that."""
+    if folder.exists():
+        trash = folder.with_name(f".{folder.name.lstrip('.')}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _clear_trash(checkpoints: Path) -> None:
+    for trash in checkpoints.glob(".step-*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def folders_of(run_dir: Path) -> list[Path]:
+    """Return the folders that should be whole checkpoints, newest first; of one step the replaced one last, which a crash may have left."""
+    found = [*(run_dir / "checkpoints").glob("step-*"), *(run_dir / "checkpoints").glob(".step-*.replaced")]
+    return sorted((path for path in found if path.is_dir() and re.fullmatch(r"step-\d+|\.step-\d+\.replaced", path.name)),
+                  key=lambda path: (-_step_of(path), path.name.startswith(".")))
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.lstrip(".").removeprefix("step-").partition(".")[0])
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""`flm train --resume`: to the bit where nothing changed, refused where what must not change did, never from random."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flm_scale.checkpoint.store import write_rank
+from flm_scale.cli import main
+from flm_scale.data.shards import Dataset
+from flm_scale.errors import CheckpointError
+from tests.test_train import ROOT, lines_of
+
+CHANGING = ("seconds", "per_s", "mfu", "wait", "time")
+SAVES = ["--log.save-every-steps", "2", "--log.keep-last", "9"]
+
+
+def arguments(dataset: Dataset, run_dir: Path, *more: str, steps: int = 6) -> list[str]:
+    return ["train", "debug", "--data.path", str(dataset.folder), "--run-dir", str(run_dir), "--text.vocab-size", "200",
+            "--log.validate-every-steps", "3", "--steps", str(steps), *SAVES, *more]
+
+
+def course(run_dir: Path) -> list[dict]:
+    """All that a run recorded, but for what a clock says."""
+    return [{name: value for name, value in line.items() if not any(part in name for part in CHANGING)} for line in lines_of(run_dir)]
+
+
+def state_at(run_dir: Path, step: int) -> bytes:
+    """Weights and moments."""
+    return (run_dir / f"checkpoints/step-{step:06d}/rank-00000.safetensors").read_bytes()
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    assert main(arguments(toy_dataset, run_dir)) == 0
+    return run_dir
+
+
+@pytest.fixture
+def broken(unbroken: Path, tmp_path: Path) -> Path:
+    """As a kill after step 5 would leave it: two checkpoints, and lines of a step that was not saved."""
+    run_dir = shutil.copytree(unbroken, tmp_path / "broken")
+    shutil.rmtree(run_dir / "checkpoints/step-000006")
+    (run_dir / "metrics.jsonl").write_text("".join(line for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+                                                   if '"step": 6' not in line))
+    return run_dir
+
+
+@pytest.mark.parametrize(("resume", "first"), [(["--resume"], 4), (["--resume", "2"], 2), (["--resume", "{}/checkpoints/step-000002"], 2)], ids=str)
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(unbroken: Path, broken: Path, toy_dataset: Dataset, resume: list[str], first: int,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(toy_dataset, broken, *(word.format(broken) for word in resume))) == 0
+    assert f"goes on behind {broken}/checkpoints/step-{first:06d}" in capsys.readouterr().err
+    assert course(broken) == course(unbroken)
+    assert state_at(broken, 6) == state_at(unbroken, 6)
+
+
+def test_damaged_checkpoints_are_passed_over_by_name(unbroken: Path, broken: Path, toy_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    file = broken / "checkpoints/step-000004/rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(arguments(toy_dataset, broken, "--resume")) == 0
+    said = capsys.readouterr().err
+    assert "passed over" in said
+    assert "step-000004" in said
+    assert "goes on behind" in said
+    assert state_at(broken, 6) == state_at(unbroken, 6)
+
+
+def test_without_a_good_checkpoint_nothing_starts_from_random(broken: Path, toy_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    before = course(broken)
+    for manifest in (broken / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert main(arguments(toy_dataset, broken, "--resume")) == 2
+    assert "none of the 2 checkpoints is good" in capsys.readouterr().err
+    assert main(arguments(toy_dataset, broken.with_name("nowhere"), "--resume")) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert course(broken) == before
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--seed", "1"], "seed 0 there and 1 here"),
+    (["--text.width", "64"], "text.width 32 there and 64 here"),
+    (["--objective.corruption-rate", "0.5"], "objective.corruption_rate"),
+    (["--batch.captions", "7"], "batch.captions"),
+])
+def test_what_must_not_change_is_refused_with_the_difference(broken: Path, toy_dataset: Dataset, change: list[str], message: str,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(toy_dataset, broken, "--resume", *change)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rate_length_and_engine_may_change(broken: Path, toy_dataset: Dataset) -> None:
+    assert main(arguments(toy_dataset, broken, "--resume", "--optim.lr", "1e-4", steps=8)) == 0
+    assert [line["step"] for line in lines_of(broken) if "loss" in line] == list(range(1, 9))
+
+
+def test_a_finished_run_has_nothing_to_go_on_with(unbroken: Path, toy_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(toy_dataset, unbroken, "--resume")) == 2
+    assert "has 6 steps already and --steps is 6; ask for more" in capsys.readouterr().err
+
+
+def test_old_checkpoints_go_when_a_newer_one_is_whole(toy_dataset: Dataset, tmp_path: Path) -> None:
+    assert main([*arguments(toy_dataset, tmp_path / "run", steps=8), "--log.keep-last", "1", "--log.keep-every-steps", "4"]) == 0
+    assert saved_steps(tmp_path / "run") == [4, 8]
+
+
+@pytest.mark.parametrize(("full_at", "code"), [(4, 0), (6, 2)])
+def test_a_save_that_fails_is_said_and_only_the_last_one_ends_the_run(toy_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                      capsys: pytest.CaptureFixture[str], full_at: int, code: int) -> None:
+    def write_unless_full(folder: Path, **more: object) -> None:
+        if f"{full_at:06d}" in folder.name:
+            raise CheckpointError("No space left on device")
+        write_rank(folder, **more)
+
+    monkeypatch.setattr("flm_scale.train.write_rank", write_unless_full)
+    assert main(arguments(toy_dataset, tmp_path / "run")) == code
+    assert f"flm: saving step {full_at}: No space left on device" in capsys.readouterr().err
+    assert saved_steps(tmp_path / "run") == sorted({2, 4, 6} - {full_at})
+    assert len([line for line in lines_of(tmp_path / "run") if "loss" in line]) == 6
+
+
+def test_checkpoints_are_listed_and_verified(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "list", str(broken)]) == 0
+    table = capsys.readouterr().out
+    assert re.findall(r"^│ (\d+) ", table, re.MULTILINE) == ["4", "2"]
+    assert "tensor 1, pipe 1, data 1" in " ".join(table.split())
+    assert main(["checkpoint", "verify", str(broken)]) == 0
+    file = broken / "checkpoints/step-000004/state.json"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    assert main(["checkpoint", "verify", str(broken)]) == 2
+    said = capsys.readouterr()
+    assert "step-000002: every file is as the manifest says" in said.out
+    assert "state.json is damaged" in said.err
+    assert main(["checkpoint", "list", str(broken.with_name("nowhere"))]) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_like_the_unbroken_one(toy_dataset: Dataset, tmp_path: Path) -> None:
+    steps = 30
+    assert main(arguments(toy_dataset, tmp_path / "unbroken", steps=steps)) == 0
+    command = [sys.executable, "-m", "flm_scale", *arguments(toy_dataset, tmp_path / "killed", steps=steps)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    for kill in range(3):
+        process = subprocess.Popen(command + ["--resume"] * bool(kill), cwd=ROOT, env=one_thread, stderr=subprocess.DEVNULL)
+        while max(saved_steps(tmp_path / "killed"), default=0) < 8 * kill + 4:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.013 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main([*arguments(toy_dataset, tmp_path / "killed", steps=steps), "--resume"]) == 0
+    assert course(tmp_path / "killed") == course(tmp_path / "unbroken")
+    assert state_at(tmp_path / "killed", steps) == state_at(tmp_path / "unbroken", steps)
