@@ -40,8 +40,8 @@ PASSES = 2
 QUESTIONS_PER_IMAGE = 4
 """A pass shows every training picture once, with at most this many of its questions, drawn anew: of easy-vqa's ten, at half the cost."""
 BATCH = BatchConfig(micro_batches=1, text_tokens=3072, captions=512, images=12)
-# easy-vqa, one pass from pretrained weights, 'other' questions: 93 % at this rate; 83 % at 1e-3 with a fresh head, 60 % after two at 1.5e-3.
-OPTIM = OptimConfig(lr=5e-4, warmup_steps=20)
+# Chosen on easy-vqa's val split, trained on `train` alone: 79.7 % overall from pretrained weights at this rate, 76.5 % at 5e-4.
+OPTIM = OptimConfig(lr=2.5e-4, warmup_steps=20)
 TRAIN_SPLITS = ("train", "val")
 YES_NO = ("yes", "no")
 
