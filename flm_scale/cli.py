@@ -202,19 +202,19 @@ def _train(words: list[str]) -> None:
             for part in ([word, "latest"] if word == "--resume" and after.startswith("--") else [word])]
 
     def train_recipe(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, run_dir: Path = Path("runs") / name, overwrite: bool = False,
-                     resume: str = "") -> None:
+                     resume: str | None = None, requeued: bool = False) -> None:
         """Train.
 
         Args:
             run: the recipe's values.
             run_dir: where to write run.json, metrics, weights and samples.
             overwrite: replace an earlier run in that folder.
-            resume: go on behind a checkpoint, on this layout whatever it was saved on: latest (or nothing), a step, or a folder;
-                or-start is latest, and from the start where none was saved yet, as a job wants it that is queued again.
+            resume: go on behind a checkpoint, on this layout whatever it was saved on: latest (or nothing), a step, or a folder.
+            requeued: go on behind what an earlier start of this same command left in the run directory, if it left anything.
         """
         from flm_scale.train import train
 
-        train(run, run_dir, overwrite=overwrite, resume=resume)
+        train(run, run_dir, overwrite=overwrite, resume=resume, requeued=requeued)
 
     train_recipe.__doc__ = RECIPES[name].__doc__
     _parse(train_recipe, rest, prog=f"flm train {name}")

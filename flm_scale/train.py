@@ -4,6 +4,7 @@ dataset -> tokenizer -> objective -> model -> engine -> loader; then for each st
 is due validate and save. Every process of the launcher runs this same code; one of each model replica reads, rank 0 writes.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -21,8 +22,8 @@ import torch.distributed as dist
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.reader import Checkpoint
-from flm_scale.checkpoint.store import begin, commit, partial_folder, prune, write_rank
-from flm_scale.checkpoint.weights import check_resumable, find_checkpoint
+from flm_scale.checkpoint.store import begin, commit, folders_of, partial_folder, prune, set_aside, write_rank
+from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
@@ -46,10 +47,11 @@ SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
 
 
-def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str = "") -> None:
+def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | None = None, requeued: bool = False) -> None:
     """Train a run from its first step, or the one behind a checkpoint, to its last.
 
-    resume: `latest`, `or-start`, a step or a checkpoint's folder (checkpoint.weights.find_checkpoint).
+    resume: `latest`, a step or a checkpoint's folder (checkpoint.weights.find_checkpoint).   requeued: the same command ran before and may
+    have left checkpoints, of which the latest good one is gone on behind.
     Raises UserError for what the user can put right: no dataset, sizes that do not fit it, an occupied run directory, a checkpoint that is
     damaged or of another run, a bad loss.
     """
@@ -63,16 +65,15 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str = "")
     if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
         raise DataError(f"{run.data.path}: split '{run.log.validation_split}' has no caption to validate on; choose another "
                         "--log.validation-split, or --log.validate-every-steps 0")
-    checkpoint = find_checkpoint(run_dir, resume) if resume else None
-    if checkpoint:
-        check_resumable(run, checkpoint)
+    if resume is not None and overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    if requeued:
+        resume, overwrite = ("latest", False) if folders_of(run_dir) else (resume, True)
+    checkpoint = find_checkpoint(run_dir, resume, run) if resume is not None else None
     if ranks.rank == 0:
-        open_run_dir(run_dir, run, overwrite=overwrite or resume == "or-start", resumes=checkpoint is not None)
+        open_run_dir(run_dir, run, checkpoint, overwrite=overwrite)
     engine = build_engine(run, objective, checkpoint)
-    first_step = 0
-    if checkpoint:
-        first_step = checkpoint.step
-        engine.resume(checkpoint.fill, step=first_step)
+    first_step = go_on(engine, checkpoint)
 
     def training_loader() -> Loader:
         return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data,
@@ -90,6 +91,25 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str = "")
         if engine.rank == 0:
             announce(run, run_dir, dataset, engine, checkpoint)
         steps(run, run_dir, engine, loader, objective, first_step=first_step, recorder=recorder, heartbeat=heartbeat)
+
+
+def go_on(engine: Engine, checkpoint: Checkpoint | None) -> int:
+    """Let an engine that was built with a checkpoint's weights go on behind it, and return how many steps were taken; collective.
+
+    Raises CheckpointError, on all ranks, when they have found different checkpoints, as on a disk that is not quite shared.
+    """
+    step = checkpoint.step if checkpoint else 0
+    if dist.is_initialized():
+        extremes = torch.tensor([step, -step], device=engine.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        if extremes[0] != -extremes[1]:
+            raise CheckpointError(f"rank {engine.rank} would go on behind step {step} and others not; is the run directory on a disk that all nodes "
+                                  "share? name the step with --resume STEP")
+    if checkpoint:
+        engine.resume(checkpoint.fill, step=step)
+        if checkpoint.num_ranks == engine.layout.size:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(checkpoint.rank_state(engine.rank)["torch"]), dtype=torch.uint8))
+    return step
 
 
 def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, objective: Objective, *, first_step: int, recorder: "Recorder",
@@ -143,14 +163,16 @@ def save(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, *, step
     saved = not (failed(first, lambda: begin(run_dir, step=step))
                  or failed(True, lambda: write_rank(folder, rank=engine.rank, pieces=pieces, state=random_state()))
                  or failed(first, lambda: commit(folder, num_ranks=engine.layout.size, run_json=run.model_dump_json(indent=2), state=state,
-                                                 timeout_seconds=run.log.stall_timeout)))
+                                                 timeout_seconds=run.log.stall_timeout or math.inf)))
     if saved:
         failed(first, lambda: prune(run_dir, keep_last=run.log.keep_last, keep_every=run.log.keep_every_steps))
+    elif first:
+        shutil.rmtree(folder, ignore_errors=True)  # what filled the disk must not keep it full
     return saved
 
 
 def random_state() -> dict[str, str]:
-    """Return this process's generator of random numbers. Nothing in training draws from it: all that is random is keyed by seed and name."""
+    """Return this process's generator of random numbers. Nothing of ours draws from it: all that is random is keyed by seed and name."""
     return {"torch": bytes(torch.get_rng_state()).hex()}
 
 
@@ -185,9 +207,15 @@ def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
     return run.replace(data=run.data.replace(manifest_hash=dataset.root, tokenizer_hash=tokenizer.fingerprint))
 
 
-def open_run_dir(run_dir: Path, run: Run, *, overwrite: bool, resumes: bool) -> None:
-    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced or goes on."""
-    if not resumes and run_dir.exists() and any(run_dir.iterdir()):
+def open_run_dir(run_dir: Path, run: Run, checkpoint: Checkpoint | None, *, overwrite: bool) -> None:
+    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced.
+
+    A run that goes on behind one of its own checkpoints sets later ones aside: they are of another course than the one it takes now.
+    """
+    if checkpoint and checkpoint.folder.parent.resolve() == (run_dir / "checkpoints").resolve():
+        for moved in set_aside(run_dir, after=checkpoint.step):
+            print(f"flm: {moved} is of the course before; it is not resumed from any more", file=sys.stderr)
+    elif run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / "run.json").is_file():
             raise ConfigError(f"{run_dir} is not empty and not a run; choose another --run-dir")
         if not overwrite:

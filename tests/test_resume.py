@@ -93,11 +93,65 @@ def test_without_a_good_checkpoint_nothing_starts_from_random(broken: Path, toy_
     (["--text.width", "64"], "text.width 32 there and 64 here"),
     (["--objective.corruption-rate", "0.5"], "objective.corruption_rate"),
     (["--batch.captions", "7"], "batch.captions"),
+    (["--optim.kind", "sgd"], "optim.kind 'adamw' there and 'sgd' here"),
 ])
 def test_what_must_not_change_is_refused_with_the_difference(broken: Path, toy_dataset: Dataset, change: list[str], message: str,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(toy_dataset, broken, "--resume", *change)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_objective_is_refused_with_the_difference(unbroken: Path, toy_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    words = arguments(toy_dataset, unbroken, "--resume")
+    assert main(["train", "demo_mlm", *words[2:], "--optim.warmup-steps", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "objective.kind 'flm' there and 'mlm' here" in said
+    assert "objective.mask_rate None there" in said
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--resume", "lastest"], "--resume lastest: no such checkpoint; give latest, a step of {} (there is: 4, 2) or"),
+    (["--resume", "3"], "--resume 3: no such checkpoint"),
+    (["--resume", "{}"], "is a run, not a checkpoint; to go on with it use --run-dir {} --resume"),
+    (["--resume", "--overwrite"], "--resume goes on with a run and --overwrite replaces it; give one of them"),
+])
+def test_a_word_that_names_no_checkpoint_is_explained(broken: Path, toy_dataset: Dataset, words: list[str], message: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    before = course(broken)
+    assert main(arguments(toy_dataset, broken, *(word.format(broken) for word in words))) == 2
+    assert message.format(broken) in capsys.readouterr().err
+    assert course(broken) == before
+
+
+def test_a_folder_that_was_renamed_knows_its_step_and_another_run_is_not_overwritten(unbroken: Path, broken: Path, toy_dataset: Dataset,
+                                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    best = (broken / "checkpoints/step-000004").rename(broken.with_name("best"))
+    before = course(broken)
+    assert main(arguments(toy_dataset, broken, "--resume", str(best))) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert course(broken) == before
+    assert main(arguments(toy_dataset, broken.with_name("new"), "--resume", str(best))) == 0
+    assert [line["step"] for line in lines_of(broken.with_name("new")) if "loss" in line] == [5, 6]
+    assert state_at(broken.with_name("new"), 6) == state_at(unbroken, 6)
+
+
+def test_going_on_behind_an_older_step_sets_later_checkpoints_aside(unbroken: Path, broken: Path, toy_dataset: Dataset) -> None:
+    assert main(arguments(toy_dataset, broken, "--resume", "2", "--log.keep-last", "1")) == 0
+    assert saved_steps(broken) == [6]
+    assert (broken / "checkpoints/superseded-step-000004").is_dir()
+    assert state_at(broken, 6) == state_at(unbroken, 6)
+
+
+def test_a_job_that_is_queued_again_goes_on_with_what_it_left(unbroken: Path, broken: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
+    assert main(arguments(toy_dataset, broken, "--requeued")) == 0
+    assert state_at(broken, 6) == state_at(unbroken, 6)
+    left = tmp_path / "left"
+    left.mkdir()
+    shutil.copy(unbroken / "run.json", left)
+    assert main(arguments(toy_dataset, left, "--requeued")) == 0
+    shutil.rmtree(left / "checkpoints")
+    assert main(arguments(toy_dataset, left, "--resume", str(unbroken / "checkpoints/step-000004"), "--requeued")) == 0
+    assert [line["step"] for line in lines_of(left) if "loss" in line] == [5, 6]
 
 
 def test_rate_length_and_engine_may_change(broken: Path, toy_dataset: Dataset) -> None:

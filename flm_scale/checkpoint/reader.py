@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flm_scale.checkpoint.reshard import StoredPiece, read_piece, stored_pieces, whole_shape
+from flm_scale.checkpoint.reshard import StoredPiece, read_piece, stored_pieces
 from flm_scale.errors import CheckpointError
-from flm_scale.model.parts import Piece
+from flm_scale.model.parts import Piece, whole_shape
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,12 @@ class Checkpoint:
     """A checkpoint that was found whole. Files are opened when something is read; then CheckpointError names one that has changed since."""
 
     folder: Path
-    step: int
     num_ranks: int
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken, whatever the folder is called."""
+        return int(self.state["step"])
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -43,9 +47,10 @@ class Checkpoint:
 
     def weight(self, name: str, kind: str = "weight") -> "LazyWeight":
         """Return a whole weight that is read when it is indexed. Raises CheckpointError when there is none of that name."""
-        if name not in self.names(kind):
+        stored = self._stored.get((kind, name))
+        if not stored:
             raise CheckpointError(f"{self.folder}: '{kind}/{name}' is missing: a checkpoint of another model")
-        return LazyWeight(self, name, kind, self.names(kind)[name])
+        return LazyWeight(self, name, kind, whole_shape(stored[0].shape, stored[0].shard))
 
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Copy into each piece's `values` what the checkpoint holds for it, in whatever layout it was written; filled-up rows get zeros.

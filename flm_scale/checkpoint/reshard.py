@@ -59,11 +59,6 @@ class Block(NamedTuple):
     """Of the first value within the flattened weight."""
 
 
-def whole_shape(shape: Sequence[int], shard: Shard | None) -> tuple[int, ...]:
-    """Return the shape of the weight of which a shard has this shape."""
-    return tuple(shape) if shard is None else (*shape[: shard.dim], shard.size, *shape[shard.dim + 1:])
-
-
 def encode_pieces(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: 1-D float32 tensors `kind/name`, and in the metadata what each is a piece of.
 

@@ -95,7 +95,7 @@ def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, 
     with _writing(partial):
         files = _wait_for_entries(partial, num_ranks, timeout_seconds)
         files["run.json"] = _write(partial / "run.json", [run_json.encode()])
-        files["state.json"] = _write(partial / "state.json", [json.dumps(state, indent=1).encode()])
+        files["state.json"] = _write(partial / "state.json", [json.dumps({"step": _step_of(final), **state}, indent=1).encode()])
         for rank in range(num_ranks):
             (partial / f"{rank_name(rank)}.entry").unlink()
         _write(partial / MANIFEST, [_manifest(FORMAT, files)])
@@ -106,6 +106,8 @@ def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, 
             final.rename(replaced)
         partial.rename(final)
         _flush_folder(final.parent)
+    # It is committed. What follows is for people, and for the next save to do.
+    with contextlib.suppress(OSError):
         _discard(replaced)
         _write(final.with_name(f".{LATEST}"), [final.name.encode()])
         final.with_name(f".{LATEST}").replace(final.with_name(LATEST))
@@ -136,7 +138,7 @@ def open_checkpoint(folder: Path, *, full: bool) -> Checkpoint:
     problems += [f"{name} is too much" for name in sorted(path.name for path in folder.glob("rank-*")) if name not in files]
     if problems:
         raise CheckpointError(f"{folder}: {first_of(problems)}; use another step")
-    return Checkpoint(folder, step=_step_of(folder), num_ranks=sum(name.endswith(".safetensors") for name in files))
+    return Checkpoint(folder, num_ranks=sum(name.endswith(".safetensors") for name in files))
 
 
 def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
@@ -183,6 +185,21 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
                 _discard(folder)
 
 
+def set_aside(run_dir: Path, *, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps to superseded-step-N, which nothing here looks at, and return their new names.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    moved = []
+    with _writing(run_dir / "checkpoints"):
+        for folder in folders_of(run_dir):
+            if _step_of(folder) > after:
+                aside = folder.with_name(f"superseded-{folder.name.lstrip('.')}")
+                _discard(aside)
+                moved.append(folder.rename(aside))
+    return moved
+
+
 def describe(run_dir: Path) -> list[Listed]:
     """List a run's checkpoints, newest first, without reading the weights."""
     rows = []
@@ -192,8 +209,9 @@ def describe(run_dir: Path) -> list[Listed]:
             layout = str(open_checkpoint(folder, full=False).state.get("layout", ""))
         except CheckpointError as error:
             problem = str(error)
-        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        rows.append(Listed(_step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
+        with contextlib.suppress(FileNotFoundError):  # a newer one has taken its place meanwhile
+            num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+            rows.append(Listed(_step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
     return rows
 
 

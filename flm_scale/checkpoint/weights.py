@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from flm_scale.checkpoint.reader import Checkpoint
-from flm_scale.checkpoint.store import last_good, open_checkpoint
+from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
-from flm_scale.model.parts import fill, whole_shape
+from flm_scale.model.parts import fill, shard_of, whole_shape
 
 FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.tokenizer_hash", "data.captions_per_image", "batch.text_tokens",
-         "batch.captions", "batch.images")
-"""What a resumed run must have alike: the model, and the order of its data. Layout, rates, lengths and numbers of micro-batches may change."""
+         "batch.captions", "batch.images", "optim.kind")
+"""What a resumed run must have alike: the model, the order of its data, the kind of its moments. Layout, rates and lengths may change."""
 
 
 def last_weights(run_dir: Path) -> Path:
@@ -39,11 +39,11 @@ def load_weights(layers: nn.Module, folder: Path, *, elsewhere: Collection[str] 
     checkpoint = open_checkpoint(folder, full=False)
     wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()
               if not (except_for and name.startswith(f"{except_for}."))}
-    shapes = {name: list(shape) for name, shape in checkpoint.names("weight").items()
+    shapes = {name: shape for name, shape in checkpoint.names("weight").items()
               if name in wanted or not (name.split(".", 1)[0] in elsewhere or (except_for and name.startswith(f"{except_for}.")))}
     wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
              for name in sorted(wanted.keys() | shapes.keys())
-             if name not in shapes or name not in wanted or shapes[name] != whole_shape(wanted[name])]
+             if name not in shapes or name not in wanted or shapes[name] != whole_shape(wanted[name].shape, shard_of(wanted[name]))]
     if wrong:
         raise CheckpointError(f"{folder}: weights of another model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
     for name, parameter in wanted.items():
@@ -55,35 +55,43 @@ def read_weight(folder: Path, name: str) -> Tensor:
     return open_checkpoint(folder, full=False).weight(name)[:]
 
 
-def find_checkpoint(run_dir: Path, which: str) -> Checkpoint | None:
-    """Return the checkpoint to resume from: the `latest` good one of a run directory, that of a step, or that in a folder.
+def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:
+    """Return the checkpoint that a run resumes from: the `latest` good one of a run directory, that of a step, or that in a folder.
 
-    `or-start` is `latest`, and None where none was ever committed: what a job wants that is queued again.
-    Raises CheckpointError, so that nothing starts from random unasked, when there is none or the one that was named is damaged.
+    Raises CheckpointError, so that nothing starts from random unasked, when there is none or the one that was named is damaged; ConfigError
+    when it is of a run that is too different.
     """
-    if which == "or-start" and not list((run_dir / "checkpoints").glob("step-*")):
-        return None
-    if which in {"latest", "or-start"}:
-        return last_good(run_dir, full=True)
-    return open_checkpoint(run_dir / "checkpoints" / f"step-{int(which):06d}" if which.isdecimal() else Path(which), full=True)
+    checkpoint = last_good(run_dir, full=True) if which == "latest" else named_checkpoint(run_dir, which)
+    check_resumable(run, checkpoint)
+    return checkpoint
+
+
+def named_checkpoint(run_dir: Path, which: str) -> Checkpoint:
+    """Return the checkpoint of a step, or that in a folder, after reading all of it. Raises CheckpointError when it is not there or damaged."""
+    folder = run_dir / "checkpoints" / f"step-{int(which):06d}" if which.isdecimal() else Path(which)
+    if not which or not folder.is_dir():
+        there = ", ".join(folder.name.removeprefix("step-").lstrip("0") for folder in folders_of(run_dir)) or "none yet"
+        raise CheckpointError(f"--resume {which}: no such checkpoint; give latest, a step of {run_dir} (there is: {there}) or a checkpoint's folder")
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"--resume {which}: is a run, not a checkpoint; to go on with it use --run-dir {which} --resume")
+    return open_checkpoint(folder, full=True)
 
 
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:
     """Raise ConfigError that lists what a resumed run has otherwise than the saved one and must have alike."""
-    then, now = Run.model_validate_json(checkpoint.run_json).model_dump(), run.model_dump()
-
-    def value(values: Any, path: str) -> Any:  # noqa: ANN401 - any value of a Run
-        for key in path.split("."):
-            values = values[key]
-        return values
-
-    changed = [path for path in FIXED if value(then, path) != value(now, path)]
-    for path in [path for path in changed if isinstance(value(now, path), dict)]:
-        old, new = value(then, path), value(now, path)
-        changed += [f"{path}.{key}" for key in new if old.get(key) != new[key]]
-        changed.remove(path)
-    if changed:
-        differences = ", ".join(f"{path} {value(then, path)!r} there and {value(now, path)!r} here" for path in changed)
-        raise ConfigError(f"{checkpoint.folder}: was saved with {differences}; resume with what it had, or train anew in another --run-dir")
+    then, now = (flat_values(one.model_dump()) for one in (Run.model_validate_json(checkpoint.run_json), run))
+    differences = [f"{path} {then.get(path)!r} there and {now.get(path)!r} here" for path in {**now, **then}
+                   if any(f"{path}.".startswith(f"{fixed}.") for fixed in FIXED) and then.get(path) != now.get(path)]
+    if differences:
+        raise ConfigError(f"{checkpoint.folder}: was saved with {', '.join(differences)}; resume with what it had, or train anew in another "
+                          "--run-dir")
     if run.steps <= checkpoint.step:
         raise ConfigError(f"{checkpoint.folder}: has {checkpoint.step} steps already and --steps is {run.steps}; ask for more")
+
+
+def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flat_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

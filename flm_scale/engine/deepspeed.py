@@ -180,7 +180,6 @@ class _Processes:
     def _clip(self) -> float:
         """Return the gradients' norm over all shards and stages, and clip by it: at ZeRO 0 DeepSpeed would clip each stage by its own."""
         whole_here = self.tensor_group is None or dist.get_rank(self.tensor_group) == 0
-        gradients = [parameter.grad for parameter in self.layers.parameters() if parameter.grad is not None]
         counted = [parameter.grad for parameter in self.layers.parameters() if parameter.grad is not None
                    and not hasattr(parameter, "tied_to") and (whole_here or shard_of(parameter))]
         squares = torch.nn.utils.get_total_norm(counted).square().to(self.device)
@@ -189,7 +188,7 @@ class _Processes:
                 dist.all_reduce(squares, group=group)
         norm = squares.sqrt()
         if self.run.optim.clip_norm:
-            torch._foreach_mul_(gradients, (self.run.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            torch.nn.utils.clip_grads_with_norm_(self.layers.parameters(), self.run.optim.clip_norm, norm)
         return float(norm)
 
     def _initialize(self, module: nn.Module, groups: list[dict[str, Any]], **more: Any) -> Any:  # noqa: ANN401 - DeepSpeed's classes

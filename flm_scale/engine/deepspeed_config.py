@@ -42,6 +42,9 @@ def merge_deepspeed(template: dict[str, Any], run: Run, *, data_parallel_size: i
         problems.append(f"zero_optimization.stage ({stage}) must be parallel.zero ({run.parallel.zero})")
     if stage == 0 and run.precision == "bf16":
         problems.append("precision bf16 needs float32 gradient sums, which DeepSpeed has from ZeRO 1 on; set parallel.zero to 1, 2 or 3")
+    offload = template.get("zero_optimization", {}).get("offload_optimizer", {"device": "cpu"})
+    if offload.get("device") != "cpu" or offload.get("ratio", 1) != 1:
+        problems.append("zero_optimization.offload_optimizer is saved and resumed for device cpu and ratio 1 alone; set these")
     if "offload_optimizer" in template.get("zero_optimization", {}) and run.optim.kind != "adamw":
         problems.append(f"optim.kind {run.optim.kind} has no form for state in the host's memory; use adamw, or another parallel.template")
     if problems:

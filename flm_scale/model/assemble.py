@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
-from flm_scale.model.parts import Parts, PlainParts, fill, whole_shape
+from flm_scale.model.parts import Parts, PlainParts, fill, shard_of, whole_shape
 from flm_scale.model.text import FusionEntry, Head, TextEntry, TextLayer
 from flm_scale.model.vision import build_vision, named_sizes
 from flm_scale.objectives.objective import Objective
@@ -187,7 +187,7 @@ def initialize(parameter: Tensor, *, name: str, seed: int) -> None:
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     # A piece of a sharded weight is cut out of the whole one, so that every layout starts from the same weights.
-    shape = whole_shape(parameter)
+    shape = whole_shape(parameter.shape, shard_of(parameter))
     scale = 0.02 if is_table(name, parameter) else 0.5 * math.prod(shape[1:]) ** -0.5
     fill(parameter, torch.randn(shape, generator=generator) * scale)
 

@@ -5,6 +5,7 @@ that hold 1/num_shards of the weights and whose results are the same.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -45,17 +46,14 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
-def whole_shape(parameter: Tensor) -> list[int]:
-    """Return the shape of the weight that this is a piece of."""
-    shape, shard = list(parameter.shape), shard_of(parameter)
-    if shard is not None:
-        shape[shard.dim] = shard.size
-    return shape
+def whole_shape(shape: Sequence[int], shard: Shard | None) -> tuple[int, ...]:
+    """Return the shape of the weight of which a shard has this shape."""
+    return tuple(shape) if shard is None else (*shape[: shard.dim], shard.size, *shape[shard.dim + 1 :])
 
 
 def whole_size(parameter: Tensor) -> int:
     """Return the number of values of the weight that this is a piece of."""
-    return math.prod(whole_shape(parameter))
+    return math.prod(whole_shape(parameter.shape, shard_of(parameter)))
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def test_a_replica_that_reads_once_trains_and_validates_like_one_process(launch:
 
 
 def state_of(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "checkpoints/step-000006/state.json").read_text())
+    return json.loads((run_dir / "checkpoints/step-000006/state.json").read_text())["loader"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
