@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flm_scale.checkpoint.weights import last_weights, load_weights, read_run
+from flm_scale.checkpoint.store import last_good
+from flm_scale.checkpoint.weights import load_weights, read_run
 from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
 from flm_scale.model.assemble import build_model
@@ -47,7 +48,7 @@ def test_a_run_leaves_its_config_metrics_weights_and_a_board(trained: Path, toy_
     assert [line["step"] for line in lines_of(trained) if "validation/loss" in line] == [3, 6]
     assert list((trained / "tensorboard").glob("events*"))
     model = build_model(run, build_objective(run.objective, mask_id=4))
-    load_weights(model.layers, last_weights(trained))
+    load_weights(model.layers, last_good(trained, full=True))
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_does_not(trained: Path, toy_dataset: Dataset, tmp_path: Path) -> None:

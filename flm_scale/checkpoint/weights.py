@@ -4,9 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from flm_scale.checkpoint.reader import Checkpoint
+from flm_scale.checkpoint.reader import Checkpoint, first_of
 from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
@@ -17,11 +17,6 @@ FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.toke
 """What a resumed run must have alike: the model, the order of its data, the kind of its moments. Layout, rates and lengths may change."""
 
 
-def last_weights(run_dir: Path) -> Path:
-    """Return the folder of a run's latest checkpoint whose files are all there. Raises CheckpointError when there is none."""
-    return last_good(run_dir, full=False).folder
-
-
 def read_run(run_dir: Path) -> Run:
     """Return the Run of a run directory. Raises CheckpointError when there is none."""
     path = run_dir / "run.json"
@@ -30,29 +25,20 @@ def read_run(run_dir: Path) -> Run:
     return Run.model_validate_json(path.read_text())
 
 
-def load_weights(layers: nn.Module, folder: Path, *, elsewhere: Collection[str] = (), except_for: str = "") -> None:
-    """Fill the layers from a checkpoint.
+def load_weights(layers: nn.Module, checkpoint: Checkpoint, *, elsewhere: Collection[str] = ()) -> None:
+    """Fill the layers from a checkpoint. elsewhere: the model's other layers, which other processes hold.
 
-    elsewhere: the model's other layers, which other processes hold.   except_for: a module that keeps what it has.
     Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape.
     """
-    checkpoint = open_checkpoint(folder, full=False)
-    wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()
-              if not (except_for and name.startswith(f"{except_for}."))}
-    shapes = {name: shape for name, shape in checkpoint.names("weight").items()
-              if name in wanted or not (name.split(".", 1)[0] in elsewhere or (except_for and name.startswith(f"{except_for}.")))}
+    wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()}
+    shapes = {name: shape for name, shape in checkpoint.names("weight").items() if name in wanted or name.split(".", 1)[0] not in elsewhere}
     wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
              for name in sorted(wanted.keys() | shapes.keys())
              if name not in shapes or name not in wanted or shapes[name] != whole_shape(wanted[name].shape, shard_of(wanted[name]))]
     if wrong:
-        raise CheckpointError(f"{folder}: weights of another model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+        raise CheckpointError(f"{checkpoint.folder}: weights of another model: {first_of(wrong)}")
     for name, parameter in wanted.items():
         fill(parameter, checkpoint.weight(name))
-
-
-def read_weight(folder: Path, name: str) -> Tensor:
-    """Return one weight of a checkpoint, whole. Raises CheckpointError when it is not there."""
-    return open_checkpoint(folder, full=False).weight(name)[:]
 
 
 def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:

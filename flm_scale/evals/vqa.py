@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flm_scale.batch import Batch, Example, LossSums, Term
-from flm_scale.checkpoint.weights import load_weights, read_weight
+from flm_scale.checkpoint.reader import Checkpoint
 from flm_scale.config import BatchConfig, OptimConfig, Run
 from flm_scale.data.loader import MicroBatches, Order, costs_of, torch_loader
 from flm_scale.data.order import MicroBatch, plan_epoch, plan_in_order
@@ -92,10 +91,10 @@ class Questions:
         return sum(map(len, self.token_ids))
 
 
-def evaluate_vqa(run: Run, folder: Path, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
+def evaluate_vqa(run: Run, checkpoint: Checkpoint, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
     """Return the content of evals/vqa.json; scores are shares in [0, 1]. Every process of a launcher runs this, cut by run.parallel.
 
-    folder: the run's weights.   split: the one scored; it trains on the other ones of TRAIN_SPLITS.
+    checkpoint: of the run.   split: the one scored; it trains on the other ones of TRAIN_SPLITS.
     Raises DataError when a side has no questions, ConfigError for the split that must train.
     """
     if split == TRAIN_SPLITS[0]:
@@ -112,7 +111,7 @@ def evaluate_vqa(run: Run, folder: Path, *, dataset: Dataset, tokenizer: Tokeniz
         print(f"vqa: {train.count:,} questions to train on, {test.count:,} of '{split}' to score\n"
               f"{'floor':10}  without looking  {percentages(floor)}", flush=True)
     answer_ids = [tokenizer.encode(answer, max_length=run.text.max_length)[1:-1] or [tokenizer.mask_id] for answer in answers]
-    rows = [fine_tune(run, folder, task=task, answer_ids=answer_ids, train=train, test=test, start=start)
+    rows = [fine_tune(run, checkpoint, task=task, answer_ids=answer_ids, train=train, test=test, start=start)
             for start in ("pretrained", "random")]
     return {"task": "vqa", "split": split, "floor": floor, "rows": rows, "num_questions": test.count}
 
@@ -148,7 +147,7 @@ def score_floor(seen: Index, scored: Index) -> dict[str, float]:
     return shares(right, count)
 
 
-def fine_tune(run: Run, folder: Path, *, task: VqaTask, answer_ids: Sequence[Sequence[int]], train: Questions, test: Questions,
+def fine_tune(run: Run, checkpoint: Checkpoint, *, task: VqaTask, answer_ids: Sequence[Sequence[int]], train: Questions, test: Questions,
               start: Literal["pretrained", "random"]) -> dict[str, Any]:
     """Train from one start and return its row of evals/vqa.json; `seconds` are those of training, without the scoring."""
     from rich.progress import track
@@ -158,7 +157,7 @@ def fine_tune(run: Run, folder: Path, *, task: VqaTask, answer_ids: Sequence[Seq
     test_plan = plan_in_order(costs_of(test.token_ids, task), BATCH)
     steps = sum(map(len, plans))
     run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
-    engine = answering_engine(run, task, answer_ids=answer_ids, weights=folder if start == "pretrained" else None)
+    engine = answering_engine(run, task, answer_ids=answer_ids, checkpoint=checkpoint if start == "pretrained" else None)
     writes, rank, size = engine.rank == 0, engine.data_index, engine.layout.data
     step, seconds, row = 0, 0.0, dict[str, float]()
     by_pass = []
@@ -176,13 +175,13 @@ def fine_tune(run: Run, folder: Path, *, task: VqaTask, answer_ids: Sequence[Seq
     return {"start": start, **row, "by_pass": by_pass, "passes": PASSES, "seconds": round(seconds, 1)}
 
 
-def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], weights: Path | None) -> Engine:
+def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], checkpoint: Checkpoint | None) -> Engine:
     """Return the engine that trains the run's model to answer, with one micro-batch a replica and step. Arguments as for `answer_rows`."""
     layout = find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
-    rows = answer_rows(run, answer_ids, weights=weights)
+    rows = answer_rows(run, answer_ids, checkpoint=checkpoint)
+    builders = partial(answering_builders, run, task, rows=rows, checkpoint=checkpoint)
     # The decoder is no longer the embedding table.
     run = run.replace(batch=BATCH.replace(micro_batches=layout.data), text=run.text.replace(tied=False))
-    builders = partial(answering_builders, run, task, rows=rows, weights=weights)
     if layout.size == 1:
         return LocalEngine(run, assemble(run, builders(PlainParts())), task)
     from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine
@@ -190,40 +189,35 @@ def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[i
     return PipelineDeepSpeedEngine(run, task, bounds=stage_bounds(run, shape_of(run.vision)), builders=builders)
 
 
-def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, weights: Path | None) -> Tensor:
+def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, checkpoint: Checkpoint | None) -> Tensor:
     """Return the decoder's rows [A + 1, D] before training: zeros for answers that training never gave, in the last one.
 
     answer_ids: the tokens of each answer; its row is the mean of theirs in the vocabulary's decoder, so that what the run knows of the words
-    is not lost.   weights: folder of the run's weights; None starts from random.
+    is not lost.   checkpoint: of the run; None starts from random.
     """
     name = "head.decoder.weight"
     name = TIED_WITH[name] if run.text.tied else name
-    if weights is None:
+    if checkpoint is None:
         vocabulary = torch.empty(run.text.vocab_size, run.text.width)
         initialize(vocabulary, name=name, seed=run.seed)
     else:
-        vocabulary = read_weight(weights, name)
+        vocabulary = checkpoint.weight(name)[:]
     return torch.stack([*(vocabulary[torch.tensor(ids)].mean(0) for ids in answer_ids), torch.zeros(run.text.width)])
 
 
-def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor, weights: Path | None) -> dict[str, Callable[[], nn.Module]]:
-    """Return what builds the run's layers, filled with its weights, the decoder cut down to the answers.
+def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor,
+                       checkpoint: Checkpoint | None) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds the run's layers with its weights, the decoder cut down to the answers. rows, checkpoint: of `answer_rows`."""
+    builders = layer_builders(run, task.objective, parts, weight_of=checkpoint.weight if checkpoint else None)
 
-    rows: of `answer_rows`.   weights: folder of the run's weights; None starts from random.
-    """
-    builders = layer_builders(run, task.objective, parts, load_pretrained=weights is None)
+    def answering_head() -> nn.Module:
+        head = cast("Head", builders["head"]())
+        head.decoder = decoder = cast("Decoder", parts.decoder(run.text.width, len(rows)))
+        fill(decoder.weight, rows)
+        fill(decoder.bias, torch.zeros(len(rows)))
+        return head
 
-    def filled(name: str, build: Callable[[], nn.Module]) -> nn.Module:
-        layer = build()
-        if weights is not None:
-            load_weights(nn.ModuleDict({name: layer}), weights, elsewhere=builders.keys() - {name}, except_for="head.decoder")
-        if isinstance(layer, Head):
-            layer.decoder = decoder = cast("Decoder", parts.decoder(run.text.width, len(rows)))
-            fill(decoder.weight, rows)
-            fill(decoder.bias, torch.zeros(len(rows)))
-        return layer
-
-    return {name: partial(filled, name, build) for name, build in builders.items()}
+    return builders | {"head": answering_head}
 
 
 def orders_of(plan: Sequence[MicroBatch], *, epoch: int, rank: int, size: int) -> list[Order]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flm_scale.checkpoint.weights import last_weights
+from flm_scale.checkpoint.store import last_good
 from flm_scale.data.order import Entry
 from flm_scale.data.shards import Dataset, Index
 from flm_scale.data.tokens import Tokenizer
@@ -35,8 +35,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def score(run_dir: Path, dataset: Dataset, *, split: str = "test") -> dict[str, Any]:
     run = trained_run(run_dir, dataset)
-    return evaluate_vqa(run, last_weights(run_dir), dataset=dataset, tokenizer=Tokenizer(dataset.tokenizer_file), objective=objective_of(run),
-                        split=split)
+    return evaluate_vqa(run, last_good(run_dir, full=False), dataset=dataset, tokenizer=Tokenizer(dataset.tokenizer_file),
+                        objective=objective_of(run), split=split)
 
 
 @pytest.mark.usefixtures("quick")
@@ -63,8 +63,8 @@ def test_the_split_that_trains_cannot_be_scored(tmp_path: Path, dataset: Dataset
 def test_the_answer_row_reads_every_token_of_the_question_and_the_picture(objective: str) -> None:
     run, rng = tiny_run(objective), np.random.default_rng(0)
     task = VqaTask(objective_of(run), ["no", "red", "yes"])
-    rows = answer_rows(run, [[5], [6, 7], [8]], weights=None)
-    model = assemble(run, answering_builders(run, task, PlainParts(), rows=rows, weights=None))
+    rows = answer_rows(run, [[5], [6, 7], [8]], checkpoint=None)
+    model = assemble(run, answering_builders(run, task, PlainParts(), rows=rows, checkpoint=None))
     question, pixels = caption_ids(5, rng), random_pixels(1, rng)
 
     def loss(ids: np.ndarray, pixels: np.ndarray) -> float:
