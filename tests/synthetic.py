@@ -22,6 +22,7 @@ from flm_scale.config import (
     TextConfig,
 )
 from flm_scale.data.pack import pack
+from flm_scale.engine.local import LocalEngine
 from flm_scale.model.parts import Piece
 from flm_scale.objectives.objective import Objective, build_objective
 
@@ -72,6 +73,11 @@ def random_batch(run: Run, *, seed: int) -> Batch:
     objective = objective_of(run)
     counts = rng.integers(1, 4, size=rng.integers(2, 6)).tolist()
     return as_batch(random_examples(objective, rng, captions_per_image=counts), random_pixels(len(counts), rng), objective)
+
+
+def weights_of(engine: LocalEngine) -> dict[str, Tensor]:
+    """Copies of the float32 weights by name."""
+    return {piece.name: piece.values.clone().view(piece.shape) for piece in engine.saved_pieces() if piece.kind == "weight"}
 
 
 def write_weights(run_dir: Path, weights: dict[str, Tensor], run: Run | None = None, *, step: int = 0) -> Path:

@@ -1,5 +1,6 @@
 """`flm train --resume`: to the bit where nothing changed, refused where what must not change did, never from random."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flm_scale.checkpoint.store import write_rank
 from flm_scale.cli import main
@@ -154,6 +156,13 @@ def test_a_job_that_is_queued_again_goes_on_with_what_it_left(unbroken: Path, br
     assert [line["step"] for line in lines_of(left) if "loss" in line] == [5, 6]
 
 
+def test_each_process_gets_its_generator_back(broken: Path, toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: seen.append(bytes(state).hex()))
+    assert main(arguments(toy_dataset, broken, "--resume")) == 0
+    assert seen == [json.loads((broken / "checkpoints/step-000004/rank-00000.json").read_text())["torch"]]
+
+
 def test_rate_length_and_engine_may_change(broken: Path, toy_dataset: Dataset) -> None:
     assert main(arguments(toy_dataset, broken, "--resume", "--optim.lr", "1e-4", steps=8)) == 0
     assert [line["step"] for line in lines_of(broken) if "loss" in line] == list(range(1, 9))
@@ -181,6 +190,7 @@ def test_a_save_that_fails_is_said_and_only_the_last_one_ends_the_run(toy_datase
     assert main(arguments(toy_dataset, tmp_path / "run")) == code
     assert f"flm: saving step {full_at}: No space left on device" in capsys.readouterr().err
     assert saved_steps(tmp_path / "run") == sorted({2, 4, 6} - {full_at})
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
     assert len([line for line in lines_of(tmp_path / "run") if "loss" in line]) == 6
 
 

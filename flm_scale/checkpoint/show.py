@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flm_scale.checkpoint.store import describe, folders_of, open_checkpoint
+from flm_scale.checkpoint.store import describe, folders_of, no_checkpoint, open_checkpoint
 from flm_scale.errors import CheckpointError
 
 
@@ -13,7 +13,7 @@ def list_checkpoints(run_dir: Path) -> None:
 
     rows = describe(run_dir)
     if not rows:
-        raise CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
+        raise no_checkpoint(run_dir)
     table = Table("step", "MB", "layout", "age", "")
     for row in rows:
         table.add_row(str(row.step), f"{row.num_bytes / 1e6:,.1f}", row.layout, age(row.age_seconds), row.problem or "whole, by names and sizes")
@@ -24,7 +24,7 @@ def verify_checkpoints(run_dir: Path) -> None:
     """Print a line a checkpoint. Raises CheckpointError that names the damaged ones, or when there is none."""
     folders, damaged = folders_of(run_dir), []
     if not folders:
-        raise CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
+        raise no_checkpoint(run_dir)
     for folder in folders:
         try:
             open_checkpoint(folder, full=True)

@@ -155,7 +155,7 @@ def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
     if folders:
         raise CheckpointError(f"{run_dir}: none of the {len(folders)} checkpoints is good; restore one from a copy, or train anew in "
                               "another run directory")
-    raise CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
+    raise no_checkpoint(run_dir)
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
@@ -213,6 +213,11 @@ def describe(run_dir: Path) -> list[Listed]:
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
             rows.append(Listed(_step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
     return rows
+
+
+def no_checkpoint(run_dir: Path) -> CheckpointError:
+    """Return what to say of a run directory without any."""
+    return CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
 
 
 def _wait_for_entries(partial: Path, num_ranks: int, timeout_seconds: float) -> dict[str, FileEntry]:

@@ -65,14 +65,6 @@ class Engine(Protocol):
         """Return each value added up over all data-parallel replicas."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the whole model's weights on rank 0, in float32 on the CPU; elsewhere nothing."""
-        ...
-
-    def pieces(self) -> list[Piece]:
-        """Return what this process holds of float32 weights and moments, frozen weights apart; what is copied into it is trained on from."""
-        ...
-
     def saved_pieces(self) -> list[Piece]:
         """Return what this process saves: frozen weights too, and of what several processes hold alike each piece on one of them."""
         ...

@@ -50,14 +50,13 @@ with warnings.catch_warnings():
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.schedule import OptimizerStep
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-    from deepspeed.utils import safe_get_full_fp32_param
 
 MICRO_BATCHES_PER_EVALUATION = 8
 """Micro-batches of an evaluation that a pipeline takes at once; their pictures are in memory together."""
 
 
 class _Processes:
-    """What both engines share: this process's place, sums over replicas, and gathered weights."""
+    """What both engines share: this process's place, sums over replicas, and what a checkpoint holds."""
 
     def __init__(self, run: Run, task: Task) -> None:
         ranks, missing = find_ranks(os.environ)
@@ -100,28 +99,6 @@ class _Processes:
         """Return each value added up over all data-parallel replicas."""
         return self._sum_over_replicas(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return float32 weights by name on rank 0, gathered from every shard and every stage."""
-        return self.gathered(self._full_precision)
-
-    def gathered(self, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """Return something of every weight (itself, its gradient) by name on rank 0, whole, in float32 on the CPU. Collective."""
-        whole = {}
-        for name, parameter in self.layers.named_parameters():
-            value = value_of(parameter)
-            if self.tensor_group is not None:
-                from flm_scale.parallel.tensor import join_shards
-
-                value = join_shards(value, parameter, self.tensor_group)
-            if self.data_index == 0 and not hasattr(parameter, "tied_to"):
-                whole[name] = value.detach().float().cpu().clone()
-        if self.layout.pipe == 1:
-            return whole if self.rank == 0 else {}
-        mine = whole if self.rank == self.layout.rank(stage=self.layout.stage(self.rank), data_index=0, tensor_index=0) else {}
-        stages: list[dict[str, Tensor] | None] = [None] * self.layout.size
-        dist.gather_object(mine, stages if self.rank == 0 else None)
-        return {name: tensor for stage in stages if stage for name, tensor in stage.items()}
-
     def pieces(self) -> list[Piece]:
         """Return views of this process's share of float32 masters and moments, as ZeRO cuts them."""
         return [piece for name, parameter in self.layers.named_parameters() if parameter.requires_grad
@@ -137,8 +114,9 @@ class _Processes:
             if parameter.requires_grad and (first_replica or self.run.parallel.zero):
                 saved += self._pieces_of(name, parameter)
             elif not parameter.requires_grad:
-                whole = self._full_precision(parameter)
-                saved += pieces_of(name, parameter, whole_share(whole.float()), {}) if first_replica else ()
+                with deepspeed.zero.GatheredParameters([parameter]):  # collective where ZeRO 3 has cut it
+                    whole = parameter.detach().float().clone()
+                saved += pieces_of(name, parameter, whole_share(whole), {}) if first_replica else ()
         return saved
 
     def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
@@ -156,14 +134,6 @@ class _Processes:
         share = zero_share(parameter, self.engine.optimizer, zero=self.run.parallel.zero, data_index=self.data_index)
         if share is not None:
             yield from pieces_of(name, parameter, share, moments_of(self.torch_optimizer, share.master))
-
-    def _full_precision(self, parameter: nn.Parameter) -> Tensor:
-        # Collective where the parameter is sharded. Frozen ones have no float32 master.
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if full is None:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                full = parameter.detach().clone()
-        return full
 
     def _counts(self, batches: Sequence[Batch]) -> Tensor:
         """Return the targets of each part in the whole global batch."""

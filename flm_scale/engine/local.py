@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.config import Run
@@ -75,12 +75,6 @@ class LocalEngine:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Return the values: there is one rank."""
         return values
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return float32 weights by name; masters where there are some."""
-        masters = dict(zip(map(id, self.weights_in_model), self.masters, strict=True))
-        return {name: masters.get(id(parameter), parameter).detach().float().cpu().clone()
-                for name, parameter in self.model.layers.named_parameters()}
 
     def pieces(self) -> list[Piece]:
         """Return views of all masters and their moments."""

@@ -90,12 +90,9 @@ def run_layers(layers: Iterable[nn.Module], state: State, *, recompute: bool) ->
     return state
 
 
-def build_model(run: Run, objective: Objective, *, load_pretrained: bool = True) -> VisionLanguageModel:
-    """Return the model of a run with its initial weights: pretrained where named, else drawn from the seed and each weight's name.
-
-    load_pretrained: False where a run's own weights will fill the model, so that no download is needed.
-    """
-    return assemble(run, layer_builders(run, objective, PlainParts(), load_pretrained=load_pretrained))
+def build_model(run: Run, objective: Objective) -> VisionLanguageModel:
+    """Return the model of a run with its initial weights: pretrained where named, else drawn from the seed and each weight's name."""
+    return assemble(run, layer_builders(run, objective, PlainParts()))
 
 
 def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay: Relay = alone) -> VisionLanguageModel:

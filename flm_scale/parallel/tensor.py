@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F  # noqa: N812
 
-from flm_scale.model.parts import Decoder, Shard, shard_of
+from flm_scale.model.parts import Decoder, Shard
 from flm_scale.parallel.mesh import Layout
 
 with warnings.catch_warnings():  # of extensions that are optional
@@ -112,16 +112,6 @@ class TensorParts:
         parameter.shard = Shard(dim, dist.get_rank(self.group), self.num_shards, size)  # type: ignore[attr-defined]
         # DeepSpeed's gradient norm reads this name: pieces are added up over the tensor group, whole weights are counted once.
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-
-
-def join_shards(value: Tensor, parameter: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the whole of which `value` is the piece that `parameter` holds (its weight, gradient or moment). Collective over the group."""
-    shard = shard_of(parameter)
-    if shard is None:
-        return value
-    pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(shard.count)]
-    dist.all_gather(pieces, value.contiguous(), group=group)
-    return torch.cat(pieces, dim=shard.dim).narrow(shard.dim, 0, shard.size)
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

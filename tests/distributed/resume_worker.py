@@ -14,7 +14,7 @@ import torch.distributed as dist
 from flm_scale.checkpoint.store import begin, commit, open_checkpoint, partial_folder, write_rank
 from flm_scale.config import ParallelConfig, Run
 from flm_scale.engine.base import Engine
-from tests.distributed.worker import Case, case_run, close_groups, engine_of
+from tests.distributed.worker import Case, case_run, close_groups, engine_of, weights_of
 from tests.synthetic import random_batch
 
 CASE = Case("flm", "adamw", 0.5, 0, tied=True, shard_images=True)
@@ -64,7 +64,7 @@ def main(out: Path) -> None:
         engine = engine_of(run)
         train(engine, run, first=0)
         save(engine, out / name)
-        unbroken = train(engine, run, first=STEPS), engine.weights()
+        unbroken = train(engine, run, first=STEPS), weights_of(engine)
         del engine
         close_groups()
         found = {"unbroken": unbroken}
@@ -74,7 +74,7 @@ def main(out: Path) -> None:
             engine.resume(checkpoint.fill, step=STEPS)
             if way == "resharded":
                 save(engine, out / f"{name}-again")
-            found[way] = train(engine, run, first=STEPS), engine.weights()
+            found[way] = train(engine, run, first=STEPS), weights_of(engine)
             rank = engine.rank
             del engine
             close_groups()

@@ -17,8 +17,9 @@ from flm_scale.engine.local import LocalEngine
 from flm_scale.evals.show import caption_files
 from flm_scale.model.assemble import build_model
 from tests.distributed.eval_worker import LAYOUTS, answers, findings
+from tests.distributed.launch import run_worker
 from tests.evals.picture_set import picture_set
-from tests.synthetic import objective_of, tiny_run, write_weights
+from tests.synthetic import objective_of, tiny_run, weights_of, write_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,7 +39,7 @@ def write_run(run_dir: Path, dataset: Dataset, *, tied: bool) -> None:
             parameter.data.mul_(4)
     run_dir.mkdir()
     (run_dir / "run.json").write_text(run.model_dump_json())
-    write_weights(run_dir, engine.weights(), run)
+    write_weights(run_dir, weights_of(engine), run)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes found."""
     out = tmp_path_factory.mktemp("outcomes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "tests.distributed.eval_worker",
-               str(runs), str(out)]
-    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("eval_worker", runs, out, processes=4, timeout=500)
     return out
 
 

@@ -3,9 +3,6 @@
 The micro-batches hold different numbers of targets, so an average of averages would show.
 """
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +12,9 @@ import torch
 
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.assemble import build_model
+from tests.distributed.launch import run_worker
 from tests.distributed.worker import BF16, HAS_COMPILER, LAYOUTS, OFFLOAD, Case, case_run, file_name
-from tests.synthetic import objective_of, random_batch
+from tests.synthetic import objective_of, random_batch, weights_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # the first test waits for four launches
 
@@ -39,12 +37,8 @@ class Reference(NamedTuple):
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What rank 0 of one, two, four and eight processes saw."""
     out = tmp_path_factory.mktemp("outcomes")
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for size in LAYOUTS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-                   "-m", "tests.distributed.worker", str(out)]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_worker("worker", out, processes=size, timeout=900)
     return out
 
 
@@ -54,7 +48,7 @@ def reference(case: Case, data: int) -> Reference:
     run = case_run(case, data=data)
     objective = objective_of(run)
     engine = LocalEngine(run, build_model(run, objective), objective)
-    first, curve, gradients = engine.weights(), [], {}
+    first, curve, gradients = weights_of(engine), [], {}
     masters = dict(zip(engine.weights_in_model, engine.masters, strict=True))
     take_step = engine.optimizer.step
 
@@ -69,7 +63,7 @@ def reference(case: Case, data: int) -> Reference:
     if case.clip_norm:  # the engines are looked at before they clip
         factor = min(1.0, case.clip_norm / (curve[-1][1] + 1e-6))
         gradients = {name: gradient / factor for name, gradient in gradients.items()}
-    return Reference(first, gradients, curve, engine.weights(), engine)
+    return Reference(first, gradients, curve, weights_of(engine), engine)
 
 
 def assert_all_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, floor: float) -> None:

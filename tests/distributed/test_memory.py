@@ -1,14 +1,12 @@
 """`flm plan`'s bytes of weights, gradients and optimizer state against what DeepSpeed's engines hold, rank by rank."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from flm_scale.plan import Machine, estimate, open_model
+from tests.distributed.launch import run_worker
 from tests.distributed.memory_worker import LAYOUTS, small_run
 
 pytestmark = pytest.mark.slow
@@ -18,12 +16,8 @@ pytestmark = pytest.mark.slow
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch a number of processes."""
     out = tmp_path_factory.mktemp("memory")
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for size in LAYOUTS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-                   "-m", "tests.distributed.memory_worker", str(out)]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_worker("memory_worker", out, processes=size, timeout=900)
     return out
 
 

@@ -1,16 +1,14 @@
 """One process of each model replica reads for all: four processes train real shards, on three layouts, and with a reader that fails."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.conftest import write_toy
+from tests.distributed.launch import run_worker
 from tests.distributed.replica_worker import CANNOT_READ, FAILURES, LAYOUTS, arguments, trained
 from tests.test_train import lines_of
 
@@ -35,12 +33,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """One picture of the dataset is none."""
     out = tmp_path_factory.mktemp("replicas")
     data = write_toy(out / "data", bad=frozenset({int(BAD)})).folder
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "-m", "tests.distributed.replica_worker",
-               str(data), str(out)]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     # A process that waits for one that has ended would wait for half an hour.
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker("replica_worker", data, out, processes=4, timeout=400)
     return Launch(out, trained(arguments(data, out / "alone")))
 
 

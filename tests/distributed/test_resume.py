@@ -1,14 +1,12 @@
 """A checkpoint of every layout, resumed there to the bit and on every other one to rounding. One launch a number of processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from flm_scale.checkpoint.store import Checkpoint, open_checkpoint
+from tests.distributed.launch import run_worker
 from tests.distributed.resume_worker import FIRST, LAYOUTS, STEPS, folder_name
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -19,12 +17,8 @@ NAMES = [folder_name(size, *layout) for size, layouts in LAYOUTS.items() for lay
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("resume")
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     for size in LAYOUTS:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-                   "-m", "tests.distributed.resume_worker", str(out)]
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_worker("resume_worker", out, processes=size, timeout=600)
     return out
 
 

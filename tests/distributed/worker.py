@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import deepspeed.utils.groups
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch import Tensor, nn
 
 from flm_scale.config import BatchConfig, OptimConfig, ParallelConfig, Run
 from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
@@ -23,6 +24,7 @@ from flm_scale.model.assemble import layer_builders
 from flm_scale.model.parts import PlainParts, shard_of
 from tests.synthetic import objective_of, random_batch, tiny_run
 
+DeepSpeedEngine = PipelineDeepSpeedEngine | PlainDeepSpeedEngine
 HAS_COMPILER = bool(os.environ.get("CI")) or shutil.which("g++") is not None
 """DeepSpeed compiles its CPU Adam, for offloaded optimizer state, at the first use."""
 
@@ -74,7 +76,7 @@ def file_name(case: Case, *, tensor: int, pipe: int, data: int, zero: int) -> st
     return f"{tensor}{pipe}{data}-zero{zero}-{'-'.join(map(str, case))}.pt"
 
 
-def engine_of(run: Run, weight_of: Callable[[str], Any] | None = None) -> PipelineDeepSpeedEngine | PlainDeepSpeedEngine:
+def engine_of(run: Run, weight_of: Callable[[str], Any] | None = None) -> DeepSpeedEngine:
     objective = objective_of(run)
     builders = partial(layer_builders, run, objective, weight_of=weight_of)
     if not run.parallel.in_stages:
@@ -84,19 +86,44 @@ def engine_of(run: Run, weight_of: Callable[[str], Any] | None = None) -> Pipeli
     return PipelineDeepSpeedEngine(run, objective, bounds=bounds, builders=builders)
 
 
+def gathered(engine: DeepSpeedEngine, value_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """Something of every weight (itself, its gradient) by name on rank 0, whole, in float32. Collective."""
+    whole = {}
+    for name, parameter in engine.layers.named_parameters():
+        value, shard = value_of(parameter), shard_of(parameter)
+        if shard is not None:
+            pieces = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(shard.count)]
+            dist.all_gather(pieces, value.contiguous(), group=engine.tensor_group)
+            value = torch.cat(pieces, dim=shard.dim).narrow(shard.dim, 0, shard.size)
+        if engine.data_index == 0 and not hasattr(parameter, "tied_to"):
+            whole[name] = value.detach().float().clone()
+    stages: list[dict[str, Tensor] | None] = [None] * engine.layout.size
+    dist.gather_object(whole if engine.rank % engine.layout.tensor == 0 else {}, stages if engine.rank == 0 else None)
+    return {name: tensor for stage in stages if stage for name, tensor in stage.items()}
+
+
+def weights_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Float32 weights by name on rank 0, not by way of what a checkpoint holds."""
+    def master(parameter: nn.Parameter) -> Tensor:
+        full = safe_get_full_fp32_param(parameter)
+        return parameter if full is None else full  # ZeRO 0 keeps none beside the weight
+
+    return gathered(engine, master)
+
+
 def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
     size = int(os.environ["WORLD_SIZE"])
     data = size // (parallel.tensor * parallel.pipe)
     run = case_run(case, data=data, parallel=parallel)
     engine = engine_of(run)
-    first, gradients, curve = engine.weights(), {}, []
+    first, gradients, curve = weights_of(engine), {}, []
     # What clips: ours at ZeRO 0, else DeepSpeed's step.
     owner, name = (engine, "_clip") if parallel.zero == 0 else (engine.engine, "_take_model_step")
     go_on = getattr(owner, name)
 
     def look_and_go_on(*args: object, **kwargs: object) -> object:
         if len(curve) == case.steps - 1:  # the last step's; each weight's is a collective
-            gradients.update(engine.gathered(safe_get_full_grad))
+            gradients.update(gathered(engine, safe_get_full_grad))
         return go_on(*args, **kwargs)
 
     setattr(owner, name, look_and_go_on)
@@ -105,7 +132,7 @@ def train_case(case: Case, parallel: ParallelConfig, out: Path) -> None:
         result = engine.train_step(batches[engine.data_index :: data], step=step)
         curve.append((result.loss, result.grad_norm))
     evaluation = engine.evaluate([random_batch(run, seed=7 + engine.data_index)])
-    weights = engine.weights()
+    weights = weights_of(engine)
     if engine.rank == 0:
         torch.save({"first": first, "gradients": gradients, "curve": curve, "weights": weights, "evaluation": vars(evaluation)},
                    out / file_name(case, tensor=parallel.tensor, pipe=parallel.pipe, data=data, zero=parallel.zero))

@@ -13,7 +13,7 @@ from flm_scale.engine.base import lr_factor, parameter_groups
 from flm_scale.engine.local import LocalEngine
 from flm_scale.errors import NonFiniteLossError
 from flm_scale.model.assemble import build_model
-from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run
+from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run, weights_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -49,20 +49,20 @@ def test_bf16_keeps_float32_masters() -> None:
     """A change too small for bf16 must not be lost."""
     run = tiny_run("flm", precision="bf16", optim=OptimConfig(kind="sgd", lr=1e-3, warmup_steps=0, schedule="constant"))
     engine = engine_of(run)
-    before = engine.weights()
+    before = weights_of(engine)
     for step in range(3):
         engine.train_step([random_batch(run, seed=step)], step=step)
     name = "fusion_0.streams.mlp.up.weight"
     assert engine.model.layers["fusion_0"].streams.mlp.up.weight.dtype == torch.bfloat16
-    assert (engine.weights()[name] != before[name]).float().mean() > 0.9
+    assert (weights_of(engine)[name] != before[name]).float().mean() > 0.9
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
     run = tiny_run("flm", optim=OptimConfig(kind="sgd", lr=1.0, warmup_steps=0, schedule="constant", clip_norm=0.1, weight_decay=0))
     engine = engine_of(run)
-    before = engine.weights()
+    before = weights_of(engine)
     result = engine.train_step([random_batch(run, seed=0)], step=0)
-    moved = math.sqrt(sum(float((after - before[name]).square().sum()) for name, after in engine.weights().items()))
+    moved = math.sqrt(sum(float((after - before[name]).square().sum()) for name, after in weights_of(engine).items()))
     assert result.grad_norm > 0.2
     assert moved == pytest.approx(0.1, rel=1e-3)
 
@@ -99,9 +99,9 @@ def test_norms_biases_and_tables_are_not_decayed_and_pretrained_weights_learn_sl
 def test_a_frozen_tower_is_not_touched_and_its_projection_is() -> None:
     run = tiny_run("flm", vision=SmallVisionConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, output="final", trainable=False))
     engine = engine_of(run)
-    before = engine.weights()
+    before = weights_of(engine)
     engine.train_step([random_batch(run, seed=0)], step=0)
-    changed = {name for name, after in engine.weights().items() if not torch.equal(after, before[name])}
+    changed = {name for name, after in weights_of(engine).items() if not torch.equal(after, before[name])}
     assert not {name for name in changed if name.startswith(("vision_entry", "vision_0", "vision_1", "vision_exit.norm"))}
     assert "vision_exit.projection.weight" in changed
 
@@ -112,10 +112,10 @@ def test_a_loss_that_is_not_a_number_stops_and_names_step_and_samples_and_keeps_
     engine.train_step([random_batch(run, seed=0)], step=0)
     with torch.no_grad():
         engine.model.layers["head"].linear.bias.fill_(float("inf"))
-    before = engine.weights()
+    before = weights_of(engine)
     with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 2; weights are those of step 1; samples on this rank: 00000, 00001"):
         engine.train_step([random_batch(run, seed=1)], step=1)
-    assert all(torch.equal(after, before[name]) for name, after in engine.weights().items())
+    assert all(torch.equal(after, before[name]) for name, after in weights_of(engine).items())
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
