@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from flm_scale.config import Run
-from flm_scale.errors import ConfigError, ReaderError, UserError, did_you_mean
+from flm_scale.errors import ConfigError, ToldElsewhereError, UserError, did_you_mean
 from flm_scale.recipes import RECIPES
 
 RunDir = Annotated[Path, tyro.conf.Positional]
@@ -160,7 +160,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        if not isinstance(error, ReaderError):
+        if not isinstance(error, ToldElsewhereError):
             rank = os.environ.get("RANK", "0")
             print(f"flm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2

@@ -234,6 +234,16 @@ class ParallelConfig(Section):
         return self
 
 
+class BadStepConfig(Section):
+    """What happens to a step whose loss or gradient norm is not a number, or whose loss is a spike. Its update is never taken."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    """End the run; go on with the next step; or take weights and moments of the last good checkpoint and go on with the next step, so that the
+    samples between are passed over. Sample keys go to RUN/bad_steps.jsonl."""
+    spike_factor: float = Field(0.0, ge=0)
+    """A loss that is so many times the median of the last 100 good steps is a spike; 0 looks for none."""
+
+
 class LogConfig(Section):
     """How often a run speaks, validates and saves, in steps; 0 turns one off. Saving also happens at the end."""
 
@@ -272,6 +282,7 @@ class Run(Section):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    bad_step: BadStepConfig = BadStepConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

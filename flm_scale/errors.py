@@ -23,12 +23,12 @@ class CheckpointError(UserError):
     """Weights on disk that are missing, damaged or of another model."""
 
 
-class ReaderError(UserError):
-    """The process that reads for this one has ended. That one says why, so the command line leaves this one out."""
+class ToldElsewhereError(UserError):
+    """Another process of this run has met it and says so, so the command line leaves this one out."""
 
 
-class NonFiniteLossError(UserError):
-    """Training met a loss that is not a number; the step was not taken."""
+class BadStepError(UserError):
+    """Training met a step that it must not take, and did not."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ dataset -> tokenizer -> objective -> model -> engine -> loader; then for each st
 is due validate and save. Every process of the launcher runs this same code; one of each model replica reads, rank 0 writes.
 """
 
+import json
 import math
 import os
 import shutil
@@ -11,25 +12,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.reader import Checkpoint
-from flm_scale.checkpoint.store import begin, commit, folders_of, partial_folder, prune, set_aside, write_rank
+from flm_scale.checkpoint.saver import Saver
+from flm_scale.checkpoint.store import folders_of, last_good, set_aside
 from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
-from flm_scale.errors import CheckpointError, ConfigError, DataError
+from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError
+from flm_scale.guard import Guard
 from flm_scale.model.assemble import assemble, layer_builders
 from flm_scale.model.parts import PlainParts
 from flm_scale.objectives.objective import Objective, build_objective
@@ -41,10 +45,13 @@ from flm_scale.observe.progress import Progress
 from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
 from flm_scale.parallel.mesh import find_layout, find_ranks
+from flm_scale.parallel.processes import any_rank, gather, meet, together
 from flm_scale.parallel.replica import ReplicaLoader
 
 SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
+BAD_STEPS_IN_A_ROW = 10
+"""Skipped or rolled back, before the run ends all the same: something is wrong that passing over samples does not mend."""
 
 
 def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | None = None, requeued: bool = False) -> None:
@@ -67,13 +74,14 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
                         "--log.validation-split, or --log.validate-every-steps 0")
     if resume is not None and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    meet()
     if requeued:
-        resume, overwrite = ("latest", False) if folders_of(run_dir) else (resume, True)
+        resume, overwrite = ("latest", False) if gather(folders_of(run_dir))[0] else (resume, True)
     checkpoint = find_checkpoint(run_dir, resume, run) if resume is not None else None
-    if ranks.rank == 0:
-        open_run_dir(run_dir, run, checkpoint, overwrite=overwrite)
+    together(lambda: open_run_dir(run_dir, run, checkpoint, overwrite=overwrite) if ranks.rank == 0 else None)
     engine = build_engine(run, objective, checkpoint)
-    first_step = go_on(engine, checkpoint)
+    if checkpoint:
+        go_on(engine, checkpoint)
 
     def training_loader() -> Loader:
         return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data,
@@ -85,90 +93,122 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     loader = ReplicaLoader(layout, rank=ranks.rank, build=training_loader, one_pass=validation_pass)
 
     # The recorder comes first: its live line belongs on the console and not into the log.
-    with closing(Recorder(run, run_dir, engine, first_step=first_step)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
-            Heartbeat(run_dir, rank=ranks.rank, size=ranks.size, timeout_seconds=run.log.stall_timeout, log=log) as heartbeat:
+    with closing(Recorder(run, run_dir, engine, checkpoint)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
+            Heartbeat(run_dir, rank=ranks.rank, size=ranks.size, timeout_seconds=run.log.stall_timeout, log=log) as heartbeat, \
+            closing(Saver(run_dir, device=engine.device, keep_last=run.log.keep_last, keep_every=run.log.keep_every_steps,
+                          timeout_seconds=run.log.stall_timeout or math.inf)) as saver:
         recorder.start()
         if engine.rank == 0:
             announce(run, run_dir, dataset, engine, checkpoint)
-        steps(run, run_dir, engine, loader, objective, first_step=first_step, recorder=recorder, heartbeat=heartbeat)
+        Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go()
 
 
-def go_on(engine: Engine, checkpoint: Checkpoint | None) -> int:
-    """Let an engine that was built with a checkpoint's weights go on behind it, and return how many steps were taken; collective.
-
-    Raises CheckpointError, on all ranks, when they have found different checkpoints, as on a disk that is not quite shared.
-    """
-    step = checkpoint.step if checkpoint else 0
-    if dist.is_initialized():
-        extremes = torch.tensor([step, -step], device=engine.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        if extremes[0] != -extremes[1]:
-            raise CheckpointError(f"rank {engine.rank} would go on behind step {step} and others not; is the run directory on a disk that all nodes "
-                                  "share? name the step with --resume STEP")
-    if checkpoint:
-        engine.resume(checkpoint.fill, step=step)
-        if checkpoint.num_ranks == engine.layout.size:
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(checkpoint.rank_state(engine.rank)["torch"]), dtype=torch.uint8))
-    return step
+def go_on(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Let an engine that was built with a checkpoint's weights go on behind it; collective."""
+    engine.resume(checkpoint.fill, updates=checkpoint.state["updates"])
+    if checkpoint.num_ranks == engine.layout.size:
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(checkpoint.rank_state(engine.rank)["torch"]), dtype=torch.uint8))
 
 
-def steps(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, objective: Objective, *, first_step: int, recorder: "Recorder",
-          heartbeat: Heartbeat) -> None:
-    """Take every step of the run behind the first ones, or those until SIGTERM."""
-    with sigterm_asks() as asked:
-        for step in range(first_step, run.steps):
-            started = time.perf_counter()
-            heartbeat.beat(step + 1, "load" if loader.reads else "receive")
-            batches = loader.next_step()
-            waited = time.perf_counter() - started
-            heartbeat.beat(step + 1, "train")
-            recorder.count(batches)
-            result = engine.train_step(batches, step=step)
-            recorder.step(step + 1, {"loss": result.loss, **part_values(objective, result.sums), "grad_norm": result.grad_norm, "lr": result.lr},
-                          seconds=time.perf_counter() - started, waited=waited)
-            stops = any_rank(asked.is_set(), engine.device)
-            if due(run.log.validate_every_steps, step + 1, run.steps) and not stops:
-                sums = engine.evaluate(heartbeat.along(step + 1, "validate", loader.one_pass()))
-                recorder.validation(step + 1, {"loss": float(total_loss(sums, objective, sums.count)), **part_values(objective, sums)})
-            if due(run.log.save_every_steps, step + 1, step + 1 if stops else run.steps, always_last=True):
-                heartbeat.beat(step + 1, "save")
-                saved = save(run, run_dir, engine, loader, step=step + 1)
-                if not saved and (stops or step + 1 == run.steps):
-                    raise CheckpointError(f"{run_dir}: the last step, {step + 1}, could not be saved; make room and add --resume to train on from "
-                                          "the checkpoint before it")
-            if stops:
-                if engine.rank == 0:
-                    print(f"flm: stopped by SIGTERM after step {step + 1} of {run.steps}, saved; --resume goes on", file=sys.stderr)
-                return
+@dataclass
+class Training:
+    """A run on its way."""
 
+    run: Run
+    run_dir: Path
+    engine: Engine
+    loader: ReplicaLoader
+    objective: Objective
+    recorder: "Recorder"
+    heartbeat: Heartbeat
+    saver: Saver
+    checkpoint: Checkpoint | None
+    """That the run goes on behind."""
 
-def save(run: Run, run_dir: Path, engine: Engine, loader: ReplicaLoader, *, step: int) -> bool:
-    """Write a checkpoint and return whether that went well; collective. If not, it says why, and those before it stay as they are."""
-    pieces = engine.saved_pieces()
+    def __post_init__(self) -> None:
+        state: dict[str, Any] = self.checkpoint.state if self.checkpoint else {"step": 0, "updates": 0, "losses": []}
+        self.first_step, self.updates = state["step"], state["updates"]
+        self.guard = Guard(spike_factor=self.run.bad_step.spike_factor, losses=state["losses"])
 
-    def failed(on_this_rank: bool, work: Callable[[], object]) -> bool:
-        problem = False
-        if on_this_rank:
+    def go(self) -> None:
+        """Take every step of the run behind the first ones, or those until SIGTERM."""
+        with sigterm_asks() as asked:
+            for step in range(self.first_step, self.run.steps):
+                self._step(step)
+                stops = any_rank(asked.is_set(), self.engine.device)  # a signal reaches them at different moments
+                if due(self.run.log.validate_every_steps, step + 1, self.run.steps) and not stops:
+                    self._validate(step)
+                if due(self.run.log.save_every_steps, step + 1, step + 1 if stops else self.run.steps, always_last=True):
+                    self._save(step, is_last=stops or step + 1 == self.run.steps)
+                if stops:
+                    if self.engine.rank == 0:
+                        print(f"flm: stopped by SIGTERM after step {step + 1} of {self.run.steps}, saved; --resume goes on", file=sys.stderr)
+                    return
+
+    def _step(self, step: int) -> None:
+        started = time.perf_counter()
+        self.heartbeat.beat(step + 1, "load" if self.loader.reads else "receive")
+        batches = self.loader.next_step()
+        waited = time.perf_counter() - started
+        self.heartbeat.beat(step + 1, "train")
+        self.recorder.count(batches)
+        result = self.engine.train_step(batches, step=step, takes=self.guard.takes)
+        values = {"loss": result.loss, **part_values(self.objective, result.sums), "grad_norm": result.grad_norm, "lr": result.lr}
+        self.recorder.step(step + 1, values | ({} if result.is_taken else {"skipped": 1.0}), seconds=time.perf_counter() - started, waited=waited)
+        self.updates += result.is_taken
+        if problem := self.guard.problem(result):
+            self._pass_over(step, problem)
+
+    def _pass_over(self, step: int, problem: str) -> None:
+        """Do about a step whose update was not taken what the policy says. Raises BadStepError where that is to stop."""
+        policy, where = self.run.bad_step.policy, f"step {step + 1}: {problem}"
+        ends = policy == "stop" or self.guard.in_a_row > BAD_STEPS_IN_A_ROW
+        first_lost = step
+        if policy == "roll_back" and not ends:
+            self.heartbeat.beat(step + 1, "save")
+            self.saver.finish()
             try:
-                work()
+                good = last_good(self.run_dir, full=True)
             except CheckpointError as error:
-                print(f"flm: saving step {step}: {error}", file=sys.stderr)
-                problem = True
-        return any_rank(problem, engine.device)
+                raise BadStepError(f"{where}; and there is nothing to roll back to: {error}") from error
+            self.engine.resume(good.fill, updates=good.state["updates"])
+            first_lost, self.updates = good.step, good.state["updates"]
+        if self.engine.rank == 0:
+            lost = range(first_lost + 1, step + 2)
+            lines = [{"step": number, "problem": problem if number == step + 1 else "", "policy": policy, "keys": keys}
+                     for number, keys in zip(lost, self.loader.keys_of_last(len(lost)), strict=True)]
+            with (self.run_dir / "bad_steps.jsonl").open("a") as file:
+                file.writelines(f"{json.dumps(line)}\n" for line in lines)
+        keys = f"sample keys are in {self.run_dir / 'bad_steps.jsonl'}"
+        if ends:
+            how = "" if policy == "stop" else f" ({self.guard.in_a_row} bad steps in a row)"
+            raise BadStepError(f"{where}; weights are as they were before it{how}; {keys}; look at these, lower optim.lr, raise warmup_steps, or "
+                               "pass over such steps with --bad-step.policy skip or roll_back")
+        if self.engine.rank == 0:
+            done = ("the update is skipped" if policy == "skip" else
+                    f"goes on with the weights of step {first_lost} and passes over the samples of steps {first_lost + 1} to {step + 1}")
+            print(f"flm: {where}; {done}; {keys}", file=sys.stderr)
 
-    folder, first = partial_folder(run_dir, step=step), engine.rank == 0
-    state = {"step": step, "layout": f"tensor {engine.layout.tensor}, pipe {engine.layout.pipe}, data {engine.layout.data}, ZeRO {run.parallel.zero}",
-             "loader": loader.state if first else {}, "versions": {"flm_scale": version("flm_scale"), "torch": torch.__version__}}
-    # Each goes on only when it went well on all ranks.
-    saved = not (failed(first, lambda: begin(run_dir, step=step))
-                 or failed(True, lambda: write_rank(folder, rank=engine.rank, pieces=pieces, state=random_state()))
-                 or failed(first, lambda: commit(folder, num_ranks=engine.layout.size, run_json=run.model_dump_json(indent=2), state=state,
-                                                 timeout_seconds=run.log.stall_timeout or math.inf)))
-    if saved:
-        failed(first, lambda: prune(run_dir, keep_last=run.log.keep_last, keep_every=run.log.keep_every_steps))
-    elif first:
-        shutil.rmtree(folder, ignore_errors=True)  # what filled the disk must not keep it full
-    return saved
+    def _validate(self, step: int) -> None:
+        sums = self.engine.evaluate(self.heartbeat.along(step + 1, "validate", self.loader.one_pass()))
+        self.recorder.validation(step + 1, {"loss": float(total_loss(sums, self.objective, sums.count)), **part_values(self.objective, sums)})
+
+    def _save(self, step: int, *, is_last: bool) -> None:
+        """Have a checkpoint written while training goes on; the last one is waited for."""
+        started = time.perf_counter()
+        self.heartbeat.beat(step + 1, "save")
+        layout, parallel = self.engine.layout, self.run.parallel
+        state = {"step": step + 1, "updates": self.updates, "losses": self.guard.losses, **self.recorder.state,
+                 "layout": f"tensor {layout.tensor}, pipe {layout.pipe}, data {layout.data}, "
+                           + (f"ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "local"),
+                 "loader": self.loader.state if self.engine.rank == 0 else {},
+                 "versions": {"flm_scale": version("flm_scale"), "torch": torch.__version__}}
+        self.saver.save(step=step + 1, pieces=self.engine.saved_pieces(), rank_state=random_state(), run_json=self.run.model_dump_json(indent=2),
+                        state=state)
+        if is_last and not self.saver.finish():
+            raise CheckpointError(f"{self.run_dir}: the last step, {step + 1}, could not be saved; make room and add --resume to train on from the "
+                                  "checkpoint before it")
+        self.recorder.saved(step + 1, seconds=time.perf_counter() - started)
 
 
 def random_state() -> dict[str, str]:
@@ -188,15 +228,6 @@ def sigterm_asks() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def any_rank(asks: bool, device: torch.device) -> bool:
-    """Return whether any rank asks. A signal reaches them at different moments, and they must stop after the same step."""
-    if not dist.is_initialized():
-        return asks
-    count = torch.tensor(float(asks), device=device)
-    dist.all_reduce(count)
-    return bool(count)
 
 
 def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
@@ -262,16 +293,23 @@ def due(every: int, step: int, last: int, *, always_last: bool = False) -> bool:
 class Recorder:
     """Keeps count of what a run did and tells: metrics.jsonl, TensorBoard, the live line. Only rank 0 tells, and who reads names bad pictures."""
 
-    def __init__(self, run: Run, run_dir: Path, engine: Engine, *, first_step: int = 0) -> None:
-        self.run, self.engine, self.first_step = run, engine, first_step
+    def __init__(self, run: Run, run_dir: Path, engine: Engine, checkpoint: Checkpoint | None = None) -> None:
+        """checkpoint: that the run goes on behind."""
+        self.run, self.engine, self.first_step = run, engine, checkpoint.step if checkpoint else 0
         self.vision = shape_of(run.vision)
         peak = run.log.peak_tflops * 1e12 or peak_flops(engine.device, run.precision)
         self.meter = Meter(peak_flops=peak, world_size=engine.layout.size)
-        self.images = self.bad_images = 0.0
+        before: dict[str, float] = checkpoint.state if checkpoint else {"images": 0.0, "bad_images": 0.0}
+        self.images, self.bad_images = before["images"], before["bad_images"]
         self.names_bad_images = engine.rank == engine.layout.reader(engine.rank)
         tells = engine.rank == 0
-        self.log = MetricsLog(run_dir, first_step=first_step + 1) if tells else None
-        self.progress = Progress(run.steps, first_step + 1, sys.stderr) if tells else None
+        self.log = MetricsLog(run_dir, first_step=self.first_step + 1) if tells else None
+        self.progress = Progress(run.steps, self.first_step + 1, sys.stderr) if tells else None
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What has been counted so far, over all ranks, for a resumed run to count on from."""
+        return {"images": self.images, "bad_images": self.bad_images}
 
     def start(self) -> None:
         """Record what does not change."""
@@ -305,6 +343,11 @@ class Recorder:
         """Record a validation."""
         if self.log:
             self.log.log(step, {f"validation/{name}": value for name, value in values.items()})
+
+    def saved(self, step: int, *, seconds: float) -> None:
+        """Record how long training waited for a save."""
+        if self.log:
+            self.log.log(step, {"save_wait_s": seconds})
 
     def close(self) -> None:
         """Close the files, give the terminal back."""

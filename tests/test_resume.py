@@ -186,7 +186,7 @@ def test_a_save_that_fails_is_said_and_only_the_last_one_ends_the_run(toy_datase
             raise CheckpointError("No space left on device")
         write_rank(folder, **more)
 
-    monkeypatch.setattr("flm_scale.train.write_rank", write_unless_full)
+    monkeypatch.setattr("flm_scale.checkpoint.saver.write_rank", write_unless_full)
     assert main(arguments(toy_dataset, tmp_path / "run")) == code
     assert f"flm: saving step {full_at}: No space left on device" in capsys.readouterr().err
     assert saved_steps(tmp_path / "run") == sorted({2, 4, 6} - {full_at})

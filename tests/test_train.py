@@ -137,7 +137,7 @@ def test_unreadable_pictures_are_skipped_counted_and_reported(tmp_path: Path, ca
     error = capsys.readouterr().err
     assert "not readable" in error
     assert "000003" in error
-    assert lines_of(tmp_path / "run")[-2]["bad_images"] >= 2
+    assert [line for line in lines_of(tmp_path / "run") if "loss" in line][-1]["bad_images"] >= 2
 
 
 def test_too_many_unreadable_pictures_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

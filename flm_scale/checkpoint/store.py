@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,10 @@ from typing import Any, NamedTuple, TypedDict
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of, rank_name
 from flm_scale.checkpoint.reshard import encode_pieces
-from flm_scale.errors import CheckpointError
+from flm_scale.errors import CheckpointError, ToldElsewhereError
 from flm_scale.model.parts import Piece
+from flm_scale.parallel.mesh import find_ranks
+from flm_scale.parallel.processes import gather, place, together
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
@@ -72,10 +75,11 @@ def begin(run_dir: Path, *, step: int) -> Path:
 def write_rank(partial: Path, *, rank: int, pieces: Sequence[Piece], state: Mapping[str, Any]) -> None:
     """Write a rank's pieces and its own JSON state; when this returns they are on the disk.
 
-    Pieces on a GPU are copied to the host one at a time. Raises CheckpointError when the disk is full, read-only or gone.
+    Pieces on a GPU are copied to the host one at a time. Raises CheckpointError when the disk is full, read-only or gone; what was written is
+    deleted then, so that it does not keep the disk full for others.
     """
     name = rank_name(rank)
-    with _writing(partial):
+    with _writing(partial), _deleted_on_failure(partial, name):
         (partial / f"{name}.entry").unlink(missing_ok=True)
         files = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", encode_pieces(pieces)),
                  f"{name}.json": _write(partial / f"{name}.json", [json.dumps(state).encode()])}
@@ -84,16 +88,18 @@ def write_rank(partial: Path, *, rank: int, pieces: Sequence[Piece], state: Mapp
         (partial / f".{name}.entry").replace(partial / f"{name}.entry")
 
 
-def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, Any], timeout_seconds: float) -> Path:
+def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, Any], timeout_seconds: float,
+           give_up: threading.Event | None = None) -> Path:
     """Wait until all ranks have written, seal the folder, give it its name and return it: rank 0 only.
 
+    give_up: ends the wait for a rank that could not write.
     An older checkpoint of the same step stays good until this one is. Raises CheckpointError when the disk is full, read-only or gone,
     when what is there is not what the ranks wrote, and when a rank has not written after timeout_seconds.
     """
     final = partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
     replaced = partial.with_name(f".{final.name}.replaced")
     with _writing(partial):
-        files = _wait_for_entries(partial, num_ranks, timeout_seconds)
+        files = _wait_for_entries(partial, num_ranks, timeout_seconds, give_up or threading.Event())
         files["run.json"] = _write(partial / "run.json", [run_json.encode()])
         files["state.json"] = _write(partial / "state.json", [json.dumps({"step": _step_of(final), **state}, indent=1).encode()])
         for rank in range(num_ranks):
@@ -115,9 +121,10 @@ def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, 
     return final
 
 
-def open_checkpoint(folder: Path, *, full: bool) -> Checkpoint:
+def open_checkpoint(folder: Path, *, full: bool, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     """Check that every file is there with its size, and with `full` its content: one altered byte in any file is found.
 
+    share: (i, n) reads every n-th file alone, from the i-th on; n processes read all of them between them.
     Raises CheckpointError that names what is missing, damaged or too much.
     """
     try:
@@ -133,25 +140,39 @@ def open_checkpoint(folder: Path, *, full: bool) -> Checkpoint:
         raise CheckpointError(f"{folder / MANIFEST}: is damaged; use another step")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{folder}: is of format {content['format']}, and this program reads {FORMAT}; use the program that wrote it")
+    own = set(sorted(files, key=lambda name: files[name]["bytes"])[share[0]::share[1]]) if full else set()
     with ThreadPoolExecutor(8) as pool:
-        problems = [problem for problem in pool.map(lambda name: _problem(folder / name, files[name], full=full), files) if problem]
+        problems = [problem for problem in pool.map(lambda name: _problem(folder / name, files[name], full=name in own), files) if problem]
     problems += [f"{name} is too much" for name in sorted(path.name for path in folder.glob("rank-*")) if name not in files]
     if problems:
         raise CheckpointError(f"{folder}: {first_of(problems)}; use another step")
     return Checkpoint(folder, num_ranks=sum(name.endswith(".safetensors") for name in files))
 
 
-def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
-    """Return the newest checkpoint that is whole, with `full` after reading all of it; says on standard error which newer ones were passed over.
+def open_together(folder: Path) -> Checkpoint:
+    """Return a checkpoint after reading all of it, each process its share of the files; collective.
 
+    Raises CheckpointError, on all of them, when one has found it missing or damaged.
+    """
+    together(lambda: open_checkpoint(folder, full=False))
+    return together(lambda: open_checkpoint(folder, full=True, share=place()))
+
+
+def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
+    """Return the newest checkpoint that is whole; with `full` after reading all of it, which is collective.
+
+    Rank 0 says on standard error which newer ones were passed over.
     Raises CheckpointError when there is none, or none that is good: nothing may start from random then.
     """
-    folders = folders_of(run_dir)
+    folders = gather(folders_of(run_dir))[0] if full else folders_of(run_dir)
     for folder in folders:
         try:
-            return open_checkpoint(folder, full=full)
+            return open_together(folder) if full else open_checkpoint(folder, full=False)
+        except ToldElsewhereError:
+            continue
         except CheckpointError as error:
-            print(f"flm: passed over {error}", file=sys.stderr, flush=True)
+            if find_ranks(os.environ)[0].rank == 0:
+                print(f"flm: passed over {error}", file=sys.stderr, flush=True)
     if folders:
         raise CheckpointError(f"{run_dir}: none of the {len(folders)} checkpoints is good; restore one from a copy, or train anew in "
                               "another run directory")
@@ -220,15 +241,16 @@ def no_checkpoint(run_dir: Path) -> CheckpointError:
     return CheckpointError(f"{run_dir}: no checkpoint under checkpoints/; train first with: flm train RECIPE --run-dir {run_dir}")
 
 
-def _wait_for_entries(partial: Path, num_ranks: int, timeout_seconds: float) -> dict[str, FileEntry]:
+def _wait_for_entries(partial: Path, num_ranks: int, timeout_seconds: float, give_up: threading.Event) -> dict[str, FileEntry]:
     names = {f"{rank_name(rank)}.entry" for rank in range(num_ranks)}
-    give_up = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + timeout_seconds
     # The folder is listed, because a network file system remembers for a while that a name it was asked for was not there.
     while missing := sorted(names - {path.name for path in partial.iterdir()}):
-        if time.monotonic() > give_up:
-            raise CheckpointError(f"{partial}: {first_of([name.removesuffix('.entry') for name in missing])} not written after "
-                                  f"{timeout_seconds:g} s; is the run directory on a disk that all nodes share?")
-        time.sleep(POLL_SECONDS)
+        which = first_of([name.removesuffix(".entry") for name in missing])
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{partial}: {which} not written after {timeout_seconds:g} s; is the run directory on a disk that all nodes share?")
+        if give_up.wait(POLL_SECONDS):
+            raise CheckpointError(f"{partial}: {which} could not be written")
     files: dict[str, FileEntry] = {}
     for name in sorted(names):
         files |= json.loads((partial / name).read_text())
@@ -266,6 +288,17 @@ def _write(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+@contextlib.contextmanager
+def _deleted_on_failure(folder: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointError):
+        for suffix in (".safetensors", ".json"):
+            with contextlib.suppress(OSError):
+                (folder / f"{name}{suffix}").unlink()
+        raise
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of
-from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint
+from flm_scale.checkpoint.store import folders_of, last_good, open_together
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
+from flm_scale.parallel.processes import together
 
 FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.tokenizer_hash", "data.captions_per_image", "batch.text_tokens",
          "batch.captions", "batch.images", "optim.kind")
@@ -42,7 +43,7 @@ def load_weights(layers: nn.Module, checkpoint: Checkpoint, *, elsewhere: Collec
 
 
 def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:
-    """Return the checkpoint that a run resumes from: the `latest` good one of a run directory, that of a step, or that in a folder.
+    """Return the checkpoint that a run resumes from: the `latest` good one of a run directory, that of a step, or that in a folder; collective.
 
     Raises CheckpointError, so that nothing starts from random unasked, when there is none or the one that was named is damaged; ConfigError
     when it is of a run that is too different.
@@ -53,14 +54,21 @@ def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:
 
 
 def named_checkpoint(run_dir: Path, which: str) -> Checkpoint:
-    """Return the checkpoint of a step, or that in a folder, after reading all of it. Raises CheckpointError when it is not there or damaged."""
+    """Return the checkpoint of a step, or that in a folder, after reading all of it; collective.
+
+    Raises CheckpointError when it is not there or damaged.
+    """
+    return open_together(together(lambda: _named_folder(run_dir, which)))
+
+
+def _named_folder(run_dir: Path, which: str) -> Path:
     folder = run_dir / "checkpoints" / f"step-{int(which):06d}" if which.isdecimal() else Path(which)
     if not which or not folder.is_dir():
         there = ", ".join(folder.name.removeprefix("step-").lstrip("0") for folder in folders_of(run_dir)) or "none yet"
         raise CheckpointError(f"--resume {which}: no such checkpoint; give latest, a step of {run_dir} (there is: {there}) or a checkpoint's folder")
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"--resume {which}: is a run, not a checkpoint; to go on with it use --run-dir {which} --resume")
-    return open_checkpoint(folder, full=True)
+    return folder
 
 
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:

@@ -100,8 +100,21 @@ class Loader:
         epoch, skip = 0, (step - 1) * self.run.batch.micro_batches
         while skip >= (length := len(self._plan(epoch))):
             epoch, skip = epoch + 1, skip - length
+        return next(self._keys_from(epoch, skip))
+
+    def keys_of_last(self, steps: int) -> list[list[list[str]]]:
+        """Return the sample keys of each micro-batch, over all replicas, of each of the last steps."""
+        epoch, skip = self.state["epoch"], self.state["cursor"] - steps * self.run.batch.micro_batches
+        while skip < 0:
+            epoch, skip = epoch - 1, skip + len(self._plan(epoch - 1))
+        return list(islice(self._keys_from(epoch, skip), steps))
+
+    def _keys_from(self, epoch: int, skip: int) -> Iterator[list[list[str]]]:
+        """Yield the sample keys of each micro-batch, step after step, beginning `skip` micro-batches behind the start of an epoch."""
         upcoming = self._orders(epoch, skip, stride=1)
-        return [[self._dataset.index.keys[entry.image] for entry in order.entries] for order in islice(upcoming, self.run.batch.micro_batches)]
+        while True:
+            yield [[self._dataset.index.keys[entry.image] for entry in order.entries]
+                   for order in islice(upcoming, self.run.batch.micro_batches)]
 
     def _orders(self, epoch: int, skip: int, *, stride: int) -> Iterator[Order]:
         """Yield every stride-th micro-batch of the endless row of epochs, beginning `skip` behind the start of one."""

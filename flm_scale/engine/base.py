@@ -13,7 +13,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from flm_scale.batch import Batch, LossSums, Scores, State, Term, part_weights
 from flm_scale.config import OptimConfig
-from flm_scale.errors import NonFiniteLossError
 from flm_scale.model.assemble import LayerList, is_table
 from flm_scale.model.parts import Piece, whole_size
 from flm_scale.parallel.mesh import Layout
@@ -36,8 +35,10 @@ class StepResult:
     sums: LossSums
     loss: float
     grad_norm: float
-    """Global norm before clipping."""
+    """Global norm before clipping; DeepSpeed gives inf for one that is not a number."""
     lr: float
+    is_taken: bool
+    """Whether the weights were updated."""
 
 
 class Engine(Protocol):
@@ -53,8 +54,11 @@ class Engine(Protocol):
     """Those that this process holds."""
     num_weights: int
     """Of the whole model, however it is cut."""
-    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
-        """Accumulate over this rank's micro-batches of the step (counted from 0) and update the weights."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, takes: Callable[[float], bool] = math.isfinite) -> StepResult:
+        """Accumulate over this rank's micro-batches of the step (counted from 0) and update the weights.
+
+        No update is taken, and nothing of the step stays, when the gradient norm is not a number or `takes` says no to the global loss.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
@@ -69,8 +73,8 @@ class Engine(Protocol):
         """Return what this process saves: frozen weights too, and of what several processes hold alike each piece on one of them."""
         ...
 
-    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
-        """Let `fill` copy into the pieces what they were after so many steps. The model must have been built with the weights of that step."""
+    def resume(self, fill: Callable[[list[Piece]], None], *, updates: int) -> None:
+        """Let `fill` copy into the pieces what they were after so many updates, and go on behind them. Frozen weights are left as they are."""
         ...
 
 
@@ -96,15 +100,6 @@ def score(model: nn.Module, state: State, task: Task) -> LossSums:
 def total_loss(sums: LossSums, task: Task, counts: Tensor) -> Tensor:
     """Return the share of the global loss that these sums make up. counts: targets of the whole global batch by part."""
     return (part_weights(task.terms, task.parts, counts) * sums.loss).sum()
-
-
-def check_finite(loss: float, *, step: int, batches: Sequence[Batch]) -> None:
-    """Raise NonFiniteLossError that names the step and the samples when the loss is not a number."""
-    if not math.isfinite(loss):
-        keys = [key for batch in batches for key in batch.keys]
-        shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        raise NonFiniteLossError(f"loss is {loss} at step {step + 1}; weights are those of step {step}; samples on this rank: {shown}; lower "
-                                 "optim.lr, set optim.clip_norm, or look at these samples")
 
 
 def parameter_groups(model: LayerList, config: OptimConfig) -> list[dict[str, Any]]:

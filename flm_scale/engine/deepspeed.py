@@ -7,6 +7,7 @@ Losses, gradients and weights are those of engine/local.py for the same global b
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,6 @@ from flm_scale.engine.base import (
     StepResult,
     Task,
     build_optimizer,
-    check_finite,
     count_weights,
     keep_freed_memory,
     lr_factor,
@@ -34,11 +34,12 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
-from flm_scale.engine.pieces import moments_of, pieces_of, set_steps_taken, whole_share, zero_share
+from flm_scale.engine.pieces import moments_of, pieces_of, publish_masters, set_steps_taken, whole_share, zero_share
 from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import TIED_WITH, assemble, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, Piece, PlainParts, shard_of
-from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
+from flm_scale.parallel.mesh import Layout, find_layout, find_ranks
+from flm_scale.parallel.processes import meet
 
 if not torch.cuda.is_available():  # read when DeepSpeed is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -59,29 +60,22 @@ class _Processes:
     """What both engines share: this process's place, sums over replicas, and what a checkpoint holds."""
 
     def __init__(self, run: Run, task: Task) -> None:
-        ranks, missing = find_ranks(os.environ)
-        os.environ.update(missing)
+        ranks, self.device = meet()
+        os.environ.update(find_ranks(os.environ)[1])  # of a process that is alone, too: DeepSpeed wants a group of one
         # DeepSpeed 0.19 calls two collectives by names that torch 2.13 wants to rename.
         warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        on_gpu = torch.cuda.is_available()
         self.run, self.task, self.rank = run, task, ranks.rank
         self.layout = find_layout(run.parallel, world_size=ranks.size)
         self.data_index, self.data_size = self.layout.data_index(ranks.rank), self.layout.data
-        self.device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-        else:
+        if self.device.type == "cpu":
             keep_freed_memory()
             # An all-reduce for inference, which every first start would compile with g++.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = merge_deepspeed(read_template(run.parallel), run, data_parallel_size=self.data_size)
         self.averaged_away = micro_steps(run.batch, data_parallel_size=self.data_size) * self.data_size
         """DeepSpeed averages over micro-steps and ranks; our loss is already a share of the global one, so that is multiplied back."""
-        try:
-            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-        except dist.DistError as error:
-            raise no_meeting(error, os.environ) from error
+        deepspeed.init_distributed(dist_backend="gloo" if self.device.type == "cpu" else "nccl", verbose=False)
         self.parts: Parts = PlainParts()
         self.tensor_group: dist.ProcessGroup | None = None
         if self.layout.tensor > 1:
@@ -94,6 +88,7 @@ class _Processes:
         self.pipe_group: dist.ProcessGroup | None = None
         self.layers, self.num_weights = nn.ModuleDict(), 0
         self.engine: Any
+        self._takes_update = True
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Return each value added up over all data-parallel replicas."""
@@ -119,10 +114,11 @@ class _Processes:
                 saved += pieces_of(name, parameter, whole_share(whole), {}) if first_replica else ()
         return saved
 
-    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
-        """Go on behind so many steps."""
+    def resume(self, fill: Callable[[list[Piece]], None], *, updates: int) -> None:
+        """Fill, publish, go on."""
         fill(self.pieces())
-        set_steps_taken(self.torch_optimizer, step)
+        set_steps_taken(self.torch_optimizer, updates)
+        publish_masters(self.engine.optimizer, zero=self.run.parallel.zero)
 
     @property
     def torch_optimizer(self) -> Optimizer:
@@ -164,7 +160,15 @@ class _Processes:
     def _initialize(self, module: nn.Module, groups: list[dict[str, Any]], **more: Any) -> Any:  # noqa: ANN401 - DeepSpeed's classes
         offloads = "offload_optimizer" in self.config["zero_optimization"]
         optimizer = (_cpu_adam if offloads else build_optimizer)(groups, self.run.optim)
-        return deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=self.config, **more)[0]
+        engine = deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=self.config, **more)[0]
+        update = optimizer.step
+        # DeepSpeed clears what a step has left behind its update, so a step that is not to be taken goes through all but that.
+        optimizer.step = lambda: update() if self._takes_update else None  # type: ignore[assignment]
+        return engine
+
+    def _is_taken(self, norm: float) -> bool:
+        """Return whether the step has updated the weights: DeepSpeed itself does not where the norm is no number."""
+        return self._takes_update and math.isfinite(norm)
 
 
 def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
@@ -193,26 +197,26 @@ class PlainDeepSpeedEngine(_Processes):
             more["mpu"] = _Mpu(self.tensor_group, self.data_group)
         self.engine = self._initialize(model, parameter_groups(model, run.optim), **more)
 
-    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
-        """Accumulate, check, clip, update."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, takes: Callable[[float], bool] = math.isfinite) -> StepResult:
+        """Accumulate, clip, judge, update."""
         counts = self._counts(batches)
         lr = set_lr(self.engine.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
         sums = []
         for batch in batches:
             micro = score(self.engine, batch.state.to(self.device), self.task)
             sums.append(LossSums(micro.loss.detach(), micro.correct, micro.count))
+            self.engine.backward(total_loss(micro, self.task, counts) * self.averaged_away)
             if batch is batches[-1]:
-                # Before the last backward pass, because DeepSpeed's step follows it and must not be taken on a bad loss.
                 whole = self._add_up(sums)
                 loss = float(total_loss(whole, self.task, counts))
-                check_finite(loss, step=step, batches=batches)
-            self.engine.backward(total_loss(micro, self.task, counts) * self.averaged_away)
-            if batch is batches[-1] and self.run.parallel.zero == 0:
-                norm = self._clip()
+                self._takes_update = takes(loss)
+                if self.run.parallel.zero == 0:
+                    norm = self._clip()
+                    self._takes_update = self._is_taken(norm)
             self.engine.step()
         if self.run.parallel.zero:
             norm = float(self.engine.get_global_grad_norm())
-        return StepResult(whole, loss, norm, lr)
+        return StepResult(whole, loss, norm, lr, self._is_taken(norm))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
@@ -260,30 +264,33 @@ class PipelineDeepSpeedEngine(_Processes):
         # Between the gradients and the update; DeepSpeed looks the instruction's method up here.
         take_step = self.engine._INSTRUCTION_MAP[OptimizerStep]  # noqa: SLF001
 
-        def check_and_step(engine: PipelineEngine) -> None:
-            self._check()
+        def judge_and_step(engine: PipelineEngine) -> None:
+            self._judge()
             take_step(engine)
 
-        self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: check_and_step}  # noqa: SLF001
+        self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: judge_and_step}  # noqa: SLF001
 
-    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
-        """Run the pipeline over the micro-batches, check, clip, update."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, takes: Callable[[float], bool] = math.isfinite) -> StepResult:
+        """Run the pipeline over the micro-batches, judge, clip, update."""
         counts = self._counts(batches)
         lr = set_lr(self.engine.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
         seen: list[tuple[LossSums, float]] = []
         norms: list[float] = []
 
-        def check() -> None:
+        def judge() -> None:
             whole = self._add_up_everywhere()
-            seen.append((whole, float(total_loss(whole, self.task, counts))))
-            # On every rank, or on none: so no rank is left waiting for one that has stopped.
-            check_finite(seen[0][1], step=step, batches=batches)
+            loss = float(total_loss(whole, self.task, counts))
+            seen.append((whole, loss))
+            # On every rank the same, because the sums are.
+            self._takes_update = takes(loss)
             if self.run.parallel.zero == 0:
                 norms.append(self._clip())
+                self._takes_update = self._is_taken(norms[0])
 
-        self._check, self.sums = check, []
+        self._judge, self.sums = judge, []
         self.engine.train_batch(self._labelled(batches, counts))
-        return StepResult(*seen[0], norms[0] if norms else float(self.engine.get_global_grad_norm()), lr)
+        norm = norms[0] if norms else float(self.engine.get_global_grad_norm())
+        return StepResult(*seen[0], norm, lr, self._is_taken(norm))
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Score this replica's share; sum over replicas."""

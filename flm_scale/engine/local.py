@@ -1,5 +1,6 @@
 """One process of plain PyTorch: the reference that every other engine is held against."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -11,7 +12,6 @@ from flm_scale.engine.base import (
     StepResult,
     Task,
     build_optimizer,
-    check_finite,
     count_weights,
     keep_freed_memory,
     lr_factor,
@@ -47,8 +47,8 @@ class LocalEngine:
         self.masters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = build_optimizer(groups, run.optim)
 
-    def train_step(self, batches: Sequence[Batch], *, step: int) -> StepResult:
-        """Accumulate, check, clip, update."""
+    def train_step(self, batches: Sequence[Batch], *, step: int, takes: Callable[[float], bool] = math.isfinite) -> StepResult:
+        """Accumulate, clip, judge, update."""
         counts = torch.stack([batch.part_counts for batch in batches]).sum(0).to(self.device)
         sums = []
         for batch in batches:
@@ -58,13 +58,14 @@ class LocalEngine:
             self._collect_gradients()
         whole = sum(sums[1:], sums[0])
         loss = float(total_loss(whole, self.task, counts))
-        check_finite(loss, step=step, batches=batches)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.run.optim.clip_norm or float("inf"))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.run.optim.clip_norm or float("inf")))
         lr = set_lr(self.optimizer, lr_factor(self.run.optim, step=step, total_steps=self.run.steps))
-        self.optimizer.step()
+        is_taken = takes(loss) and math.isfinite(norm)
+        if is_taken:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self._publish_masters()
-        return StepResult(whole, loss, float(norm), lr)
+        return StepResult(whole, loss, norm, lr, is_taken)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
@@ -88,10 +89,10 @@ class LocalEngine:
                   for piece in pieces_of(name, parameter, whole_share(parameter.float()), {})]
         return self.pieces() + frozen
 
-    def resume(self, fill: Callable[[list[Piece]], None], *, step: int) -> None:
-        """Go on behind so many steps."""
+    def resume(self, fill: Callable[[list[Piece]], None], *, updates: int) -> None:
+        """Fill, publish, go on."""
         fill(self.pieces())
-        set_steps_taken(self.optimizer, step)
+        set_steps_taken(self.optimizer, updates)
         self._publish_masters()
 
     @torch.no_grad()

@@ -70,7 +70,19 @@ def moments_of(optimizer: Optimizer, master: Tensor) -> dict[str, Tensor]:
     return {moment: state[moment] for moment in MOMENTS}
 
 
-def set_steps_taken(optimizer: Optimizer, step: int) -> None:
-    """Let the optimizer's bias correction go on behind so many steps."""
+def set_steps_taken(optimizer: Optimizer, updates: int) -> None:
+    """Let the optimizer's bias correction go on behind so many updates."""
     for state in optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else step
+        state["step"] = torch.full_like(state["step"], updates) if isinstance(state["step"], Tensor) else updates
+
+
+def publish_masters(wrapper: Any, *, zero: int) -> None:  # noqa: ANN401 - DeepSpeed's optimizer
+    """Give the model's weights the values of their float32 masters; collective. At ZeRO 0 they are the same tensors."""
+    if zero in {1, 2}:
+        wrapper.update_lp_params()
+    elif zero == 3:
+        wrapper._partition_all_parameters()  # noqa: SLF001
+        for group in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
+        if wrapper.persistent_parameters:  # small weights, which are whole between steps too
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)

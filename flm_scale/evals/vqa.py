@@ -26,7 +26,7 @@ from flm_scale.data.shards import Dataset, Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine
 from flm_scale.engine.local import LocalEngine
-from flm_scale.errors import ConfigError, DataError
+from flm_scale.errors import BadStepError, ConfigError, DataError
 from flm_scale.model.assemble import TIED_WITH, assemble, initialize, layer_builders
 from flm_scale.model.parts import Decoder, Parts, PlainParts, fill
 from flm_scale.model.text import Head
@@ -165,7 +165,10 @@ def fine_tune(run: Run, checkpoint: Checkpoint, *, task: VqaTask, answer_ids: Se
         began = time.perf_counter()
         batches = question_batches(run, train, task, orders_of(plan, epoch=epoch, rank=rank, size=size))
         for batch in track(batches, total=len(plan), description=f"{start}, pass {epoch + 1}", transient=True, disable=not writes):
-            engine.train_step([batch], step=step)
+            result = engine.train_step([batch], step=step)
+            if not result.is_taken:
+                raise BadStepError(f"vqa, {start}, pass {epoch + 1}, step {step + 1}: loss is {result.loss}, gradient norm {result.grad_norm}; the "
+                                   "run's weights may be damaged; evaluate another run")
             step += 1
         seconds += time.perf_counter() - began
         row = part_scores(engine.evaluate(question_batches(run, test, task, orders_of(test_plan, epoch=0, rank=rank, size=size))))

@@ -1,11 +1,14 @@
 """metrics.jsonl: one JSON object a step, the run's memory of how it went, and the same scalars for TensorBoard.
 
-A line is on disk when `log` returns. It is strict JSON, so a value that is not finite becomes null. Step lines and validation lines
-stand in one file, told apart by their keys ('loss', 'validation/loss').
+A line is on disk when `log` returns. It is strict JSON, so a value that is not finite becomes null. Step lines, validation lines and
+those of saves stand in one file, told apart by their keys ('loss', 'validation/loss', 'save_wait_s'). A full disk does not end a run for their
+sake: lines wait until there is room.
 """
 
+import contextlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,20 +30,37 @@ class MetricsLog:
         part = path.with_suffix(".jsonl.part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._unwritten, self._complained, self._shows = b"", False, True
         self._board: Any = SummaryWriter(run_dir / "tensorboard", purge_step=first_step, flush_secs=10)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line. Names keep their group: 'loss/reconstruction'."""
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._unwritten += json.dumps({"step": step} | finite, allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                print(f"flm: {self._file.name}: cannot be written ({error.strerror}); its lines wait until there is room", file=sys.stderr)
+            self._complained = True
+        self._show(step, values)
 
     def close(self) -> None:
         """Close both files."""
         self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        try:
+            for name, value in values.items() if self._shows else ():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # which TensorBoard's writer does not get over
+            print(f"flm: {self._board.log_dir}: cannot be written ({error.strerror}); its curves end here", file=sys.stderr)
+            self._shows = False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

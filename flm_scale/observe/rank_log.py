@@ -1,5 +1,6 @@
 """One log file a rank, RUN/logs/rank_N.log: all that the rank prints. The console has rank 0's, and of others what goes to standard error."""
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ class Tee:
 
     def write(self, text: str) -> int:
         """Write to both."""
-        self._log.write(text)
+        with contextlib.suppress(OSError):  # a full disk does not end a run for its log's sake
+            self._log.write(text)
         *lines, self._line = (self._line + text).split("\n")
         self._console.write("".join(f"{self._prefix}{line}\n" for line in lines))
         return len(text)

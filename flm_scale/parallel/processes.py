@@ -1,10 +1,11 @@
-"""The processes that evaluate a run: each holds its tensor piece of its stage's layers and works on its replica's share of the pictures.
+"""The launcher's processes: how they meet, what they tell each other, and their places when they evaluate a run.
 
-Without a launcher there is one process, which holds everything; then no process group is made. Training has its own set-up, DeepSpeed's.
+An evaluating process holds its tensor piece of its stage's layers and works on its replica's share of the pictures. Without a launcher there
+is one process, which holds everything; then no process group is made. Training has its own engines.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,11 +14,72 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flm_scale.config import ParallelConfig
+from flm_scale.errors import ToldElsewhereError, UserError
 from flm_scale.model.assemble import Relay, Turn, alone
 from flm_scale.model.parts import Parts, PlainParts
-from flm_scale.parallel.mesh import Layout, find_layout, find_ranks, no_meeting
+from flm_scale.parallel.mesh import Layout, Ranks, find_layout, find_ranks, no_meeting
 
 Item = TypeVar("Item")
+
+
+def meet() -> tuple[Ranks, torch.device]:
+    """Bring the launcher's processes together, on gloo or NCCL; return this one's ranks and device. Collective; those that have met stay so.
+
+    Raises ConfigError when they cannot meet.
+    """
+    ranks, missing = find_ranks(os.environ)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if ranks.size > 1 and not dist.is_initialized():
+        os.environ.update(missing)
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo")
+        except dist.DistError as error:
+            raise no_meeting(error, os.environ) from error
+    return ranks, device
+
+
+def place() -> tuple[int, int]:
+    """Return this rank, and how many have met."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def any_rank(asks: bool, device: torch.device) -> bool:
+    """Return on every rank whether any of them asks; collective."""
+    if not dist.is_initialized():
+        return asks
+    count = torch.tensor(float(asks), device=device)
+    dist.all_reduce(count)
+    return bool(count)
+
+
+def gather(mine: Item) -> list[Item]:
+    """Return what every rank gives, by rank; collective."""
+    if not dist.is_initialized():
+        return [mine]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def together(work: Callable[[], Item]) -> Item:
+    """Return what some work gives on this rank, when it has gone well on all; collective.
+
+    Raises the first rank's UserError on rank 0, which says so, and ToldElsewhereError on the others.
+    """
+    problem: UserError | None = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = error
+    for rank, found in enumerate(gather(problem)):
+        if found is not None and place()[0]:
+            raise ToldElsewhereError(str(found))
+        if found is not None:
+            raise type(found)(f"rank {rank}: {found}") if rank else found
+    return result
 
 
 @dataclass(frozen=True)
@@ -49,20 +111,8 @@ def start_processes(parallel: ParallelConfig) -> Processes:
 
     Raises ConfigError, before any of it, when they cannot be cut as `parallel` says; and when they cannot meet.
     """
-    ranks, missing = find_ranks(os.environ)
-    layout = find_layout(parallel, world_size=ranks.size)
-    on_gpu = torch.cuda.is_available()
-    if layout.size == 1:
-        return Processes(0, layout, torch.device("cuda" if on_gpu else "cpu"), PlainParts(), alone)
-    os.environ.update(missing)
-    device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        try:
-            dist.init_process_group("nccl" if on_gpu else "gloo")
-        except dist.DistError as error:
-            raise no_meeting(error, os.environ) from error
+    layout = find_layout(parallel, world_size=find_ranks(os.environ)[0].size)
+    ranks, device = meet()
     parts: Parts = PlainParts()
     if layout.tensor > 1:
         from flm_scale.parallel import tensor

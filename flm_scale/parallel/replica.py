@@ -14,14 +14,14 @@ import torch.distributed as dist
 
 from flm_scale.batch import Batch, State
 from flm_scale.data.loader import Loader
-from flm_scale.errors import ReaderError
+from flm_scale.errors import ToldElsewhereError
 from flm_scale.parallel.mesh import Layout
 
 
 class ReplicaLoader:
     """A replica's Loader and its pass over the validation split, on each of its processes; all of them make the same calls.
 
-    Any call raises what the reading process raises there, and ReaderError on the others, so that none of them waits for one that has ended.
+    Any call raises what the reading process raises there, and ToldElsewhereError on the others, so that none of them waits for one that has ended.
     """
 
     def __init__(self, layout: Layout, *, rank: int, build: Callable[[], Loader], one_pass: Callable[[], Iterator[Batch]]) -> None:
@@ -49,6 +49,10 @@ class ReplicaLoader:
         """The loader's state, on the reading process; rank 0 is one."""
         return self._loader.state
 
+    def keys_of_last(self, steps: int) -> list[list[list[str]]]:
+        """Return the sample keys of each micro-batch, over all replicas, of each of the last steps; on a reading process."""
+        return self._loader.keys_of_last(steps)
+
     def next_step(self) -> list[Batch]:
         """Return the replica's micro-batches of the next optimizer step and move the state behind it."""
         return self._share(lambda: self._loader.next_step())  # noqa: PLW0108 - the others have no loader
@@ -73,7 +77,7 @@ class ReplicaLoader:
         else:
             told = self._told(None)
             if isinstance(told, str):
-                raise ReaderError(f"rank {self.reader}, which reads for this one, has ended: {told}")
+                raise ToldElsewhereError(f"rank {self.reader}, which reads for this one, has ended: {told}")
             batches = [restored(fields, room_for_pixels=self._pixel_group is not None) for fields in told]
         if self._pixel_group is not None:
             for batch in batches:

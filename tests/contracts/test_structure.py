@@ -25,6 +25,7 @@ LAYERS = [
     {"cli"},
     {"train", "plan"},
     {"evals"},
+    {"guard"},
     {"engine", "checkpoint", "observe"},
     {"parallel"},
     {"data", "model"},

@@ -71,7 +71,7 @@ def main(out: Path) -> None:
         for way, source in (("resumed", name), ("resharded", FIRST)):
             checkpoint = open_checkpoint(out / source / "checkpoints" / f"step-{STEPS:06d}", full=True)
             engine = engine_of(run, checkpoint.weight)
-            engine.resume(checkpoint.fill, step=STEPS)
+            engine.resume(checkpoint.fill, updates=STEPS)
             if way == "resharded":
                 save(engine, out / f"{name}-again")
             found[way] = train(engine, run, first=STEPS), weights_of(engine)

@@ -11,7 +11,6 @@ import torch
 from flm_scale.config import OptimConfig, SmallVisionConfig
 from flm_scale.engine.base import lr_factor, parameter_groups
 from flm_scale.engine.local import LocalEngine
-from flm_scale.errors import NonFiniteLossError
 from flm_scale.model.assemble import build_model
 from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run, weights_of
 
@@ -106,16 +105,27 @@ def test_a_frozen_tower_is_not_touched_and_its_projection_is() -> None:
     assert "vision_exit.projection.weight" in changed
 
 
-def test_a_loss_that_is_not_a_number_stops_and_names_step_and_samples_and_keeps_the_weights() -> None:
+def test_a_step_whose_loss_is_not_a_number_leaves_no_trace() -> None:
     run = tiny_run("flm")
     engine = engine_of(run)
     engine.train_step([random_batch(run, seed=0)], step=0)
     with torch.no_grad():
         engine.model.layers["head"].linear.bias.fill_(float("inf"))
     before = weights_of(engine)
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 2; weights are those of step 1; samples on this rank: 00000, 00001"):
-        engine.train_step([random_batch(run, seed=1)], step=1)
+    result = engine.train_step([random_batch(run, seed=1)], step=1)
+    assert math.isnan(result.loss)
+    assert not result.is_taken
     assert all(torch.equal(after, before[name]) for name, after in weights_of(engine).items())
+    assert all(parameter.grad is None for parameter in engine.masters)
+
+
+def test_a_step_whose_loss_is_not_wanted_leaves_no_trace() -> None:
+    run = tiny_run("flm")
+    twice, once = engine_of(run), engine_of(run)
+    assert not twice.train_step([random_batch(run, seed=1)], step=0, takes=lambda loss: loss < 0).is_taken
+    results = [engine.train_step([random_batch(run, seed=0)], step=1) for engine in (twice, once)]
+    assert results[0].loss == results[1].loss
+    assert all(torch.equal(left, right) for left, right in zip(weights_of(twice).values(), weights_of(once).values(), strict=True))
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

@@ -11,7 +11,7 @@ import torch
 from flm_scale import train
 from flm_scale.batch import Batch
 from flm_scale.cli import main
-from flm_scale.errors import DataError, ReaderError
+from flm_scale.errors import DataError, ToldElsewhereError
 from flm_scale.parallel.mesh import Layout
 from flm_scale.parallel.replica import ReplicaLoader, restored, without_pixels
 from tests.synthetic import random_batch, tiny_run
@@ -73,7 +73,7 @@ def test_a_bad_picture_is_named_by_the_process_that_read_it_and_counted_by_all(r
 
 def test_a_process_whose_reader_has_ended_exits_with_2_and_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(*args: object, **more: object) -> None:
-        raise ReaderError("rank 0, which reads for this one, has ended: DataError: ...")
+        raise ToldElsewhereError("rank 0, which reads for this one, has ended: DataError: ...")
 
     monkeypatch.setattr(train, "train", fail)
     assert main(["train", "debug"]) == 2
