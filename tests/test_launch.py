@@ -78,9 +78,9 @@ class Slurm:
     def run(self, *command: str) -> str:
         return subprocess.run(command, cwd=ROOT, env=self.environ, check=True, timeout=60, capture_output=True, text=True).stdout.strip()
 
-    def submit(self, run_dir: Path, arguments: list[str]) -> str:
-        """Submit the batch file as a user does; what the job prints goes to RUN_DIR.out."""
-        return self.run("sbatch", "--parsable", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={run_dir}.out",
+    def submit(self, run_dir: Path, arguments: list[str], *options: str) -> str:
+        """Submit the batch file as a user does, with more options of sbatch; what the job prints goes to RUN_DIR.out."""
+        return self.run("sbatch", "--parsable", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={run_dir}.out", *options,
                         "cluster/slurm/pretrain.sbatch", *arguments, "--run-dir", str(run_dir), "--parallel.engine", "deepspeed")
 
     def state(self, job: str) -> str:
@@ -88,7 +88,7 @@ class Slurm:
 
     def last_state(self, job: str) -> str:
         """Wait for the job's end."""
-        wait_until(lambda: self.state(job) not in {"PENDING", "RUNNING", "COMPLETING"})
+        wait_until(lambda: self.state(job) not in {"PENDING", "RUNNING", "SIGNALING", "COMPLETING"})
         return self.state(job)
 
 
@@ -127,6 +127,17 @@ def test_scancel_lets_a_job_save_its_weights_and_say_so(slurm: Slurm, toy_datase
     console = Path(f"{run_dir}.out").read_text()
     assert said_to_stop_at(run_dir, console) == len(losses(run_dir))
     assert "Traceback" not in console
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_ends_saves_its_weights_and_ends_well(slurm: Slurm, toy_dataset: Dataset, tmp_path: Path) -> None:
+    """The batch file asks for the signal five minutes before the end."""
+    run_dir = tmp_path / "run"
+    job = slurm.submit(run_dir, words(toy_dataset, *FOR_EVER), "--time=60")
+    wait_until(lambda: losses(run_dir))
+    slurm.run("scontrol", "update", f"job={job}", "timelimit=5")
+    assert slurm.last_state(job) == "COMPLETED"
+    assert said_to_stop_at(run_dir, Path(f"{run_dir}.out").read_text()) == len(losses(run_dir))
 
 
 @pytest.mark.slow
