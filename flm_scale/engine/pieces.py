@@ -4,13 +4,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from flm_scale.errors import CheckpointError
 from flm_scale.model.parts import Piece, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by the names that torch and DeepSpeed give them."""
+
+VALUES_PER_CHUNK = 1 << 18
+"""Values whose 64-bit products exist at once in a checksum."""
 
 
 class Share(NamedTuple):
@@ -74,3 +79,52 @@ def set_steps_taken(optimizer: Optimizer, step: int) -> None:
     """Let the optimizer's bias correction go on behind so many steps."""
     for state in optimizer.state.values():
         state["step"] = torch.full_like(state["step"], step) if isinstance(state["step"], Tensor) else step
+
+
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """Return 64 bits of each tensor (float32 or bf16), int64 [tensors], that follow from all its bits and their places.
+
+    One value that changes, by however little, always changes them: its odd factor has an inverse among the 64-bit integers.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    low, high, device = -(1 << 63), (1 << 63) - 1, tensors[0].device
+    size = min(VALUES_PER_CHUNK, max(tensor.numel() for tensor in tensors))
+    # The same on every process. Drawn, because small factors would let neighbours that drift in opposite ways cancel out.
+    factors = torch.randint(low, high, (size,), generator=torch.Generator().manual_seed(0)).bitwise_or_(1).to(device)
+    sums = torch.zeros(len(tensors), dtype=torch.int64, device=device)
+    for place, tensor in enumerate(tensors):
+        bits = tensor.detach().flatten().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+        for chunk in bits.split(size):
+            # The factor 3 tells chunks apart.
+            sums[place] = 3 * sums[place] + (chunk.long().mul_(factors[: len(chunk)])).sum()
+    return sums
+
+
+def drifted(held: Mapping[str, Tensor], group: dist.ProcessGroup | None, device: torch.device) -> list[str]:
+    """Return the names of the tensors that the processes of a group should hold alike and do not; one collective of the group, for all of them.
+
+    device: one that the group sends from; the tensors may be on another one.
+    """
+    if not held:
+        return []
+    sums = checksums(list(held.values()))
+    # The largest of all, and the smallest: no integer's complement is out of range, as its negative may be.
+    extremes = torch.stack([sums, ~sums]).to(device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    differ = (extremes[0] != ~extremes[1]).tolist()
+    return [name for name, differs in zip(held, differ, strict=True) if differs]
+
+
+def refuse_drift(found: Sequence[str], device: torch.device) -> None:
+    """Raise CheckpointError on every process when any has found drifted weights; collective over all."""
+    count = torch.tensor(len(found), device=device)
+    dist.all_reduce(count)
+    if not count:
+        return
+    everywhere: list[Sequence[str]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    names = sorted({name for some in everywhere for name in some})
+    raise CheckpointError(f"what several processes must hold alike has drifted apart: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}; "
+                          "training is not what it should be, so nothing is saved; --resume goes on behind the checkpoint before, with all copies "
+                          "made from one; if it happens again, look for a device that computes or remembers wrongly")
