@@ -134,6 +134,49 @@ def checkpoint_verify(run_dir: RunDir) -> None:
     verify_checkpoints(run_dir)
 
 
+def checkpoint_reshard(run_dir: RunDir, *, out: Path, step: int | None = None, tensor: int = 1, pipe: int = 1, data: int = 1,
+                       workers: int = os.cpu_count() or 1) -> None:
+    """Write a checkpoint anew, its files cut the way another layout will read them.
+
+    Any layout reads any checkpoint without this; behind it, each process of that layout reads little more than one file.
+
+    Args:
+        run_dir: of a run; or a checkpoint's folder.
+        out: the run directory to make, for: flm train RECIPE --run-dir OUT --resume
+        step: of which checkpoint; the latest good one by default.
+        tensor: processes that will share matrices, heads and vocabulary.
+        pipe: pipeline stages.
+        data: data-parallel replicas; 1 for ZeRO 0, where each holds everything.
+        workers: ranks written at once.
+    """
+    from flm_scale.checkpoint.convert import reshard
+    from flm_scale.observe.cost import shape_of
+    from flm_scale.observe.layer_cost import stage_bounds
+    from flm_scale.parallel.mesh import Layout
+
+    if min(tensor, pipe, data, workers) < 1:
+        raise ConfigError("--tensor, --pipe, --data and --workers must be at least 1")
+    folder = reshard(run_dir, out, Layout(tensor, pipe, data), step=step, workers=workers,
+                     bounds_of=lambda run: stage_bounds(run, shape_of(run.vision)))
+    print(f"{folder}: go on with: flm train RECIPE --run-dir {out} --resume --parallel.engine deepspeed --parallel.tensor {tensor} "
+          f"--parallel.pipe {pipe}, in {tensor * pipe * data} process(es)")
+
+
+def checkpoint_diff(first: RunDir, second: RunDir) -> None:
+    """Print what two checkpoints hold otherwise: run values, step, and every weight and moment that is not equal to the bit.
+
+    Exit code 0 when they hold the same, whatever layouts wrote them, and 1 when not, as of diff and cmp; 2 as always for what cannot be read.
+
+    Args:
+        first: a checkpoint's folder; or a run directory, for its latest good one.
+        second: likewise.
+    """
+    from flm_scale.checkpoint.diff import diff_checkpoints
+
+    if not diff_checkpoints(first, second):
+        raise SystemExit(1)
+
+
 def report(run_dir: RunDir) -> None:
     """Write RUN/report.html: one page with curves, pictures, reconstructions and scores."""
     from flm_scale.observe.report import write_report
@@ -144,7 +187,8 @@ def report(run_dir: RunDir) -> None:
 VERBS: dict[tuple[str, ...], Callable[..., None]] = {
     ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
     ("tokenizer", "train"): tokenizer_train, ("tokenizer", "show"): tokenizer_show,
-    ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify,
+    ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify, ("checkpoint", "reshard"): checkpoint_reshard,
+    ("checkpoint", "diff"): checkpoint_diff,
     ("eval",): eval_run, ("caption",): caption, ("report",): report,
 }
 

@@ -1,7 +1,7 @@
 """What is in a checkpoint, for any layout. `store` finds a whole one and hands it out as a `Checkpoint`; `reshard` knows the cuts."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flm_scale.checkpoint.reshard import StoredPiece, read_piece, stored_pieces
 from flm_scale.errors import CheckpointError
-from flm_scale.model.parts import Piece, whole_shape
+from flm_scale.model.parts import Piece, Shard, whole_shape
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Checkpoint:
         """Return what a rank, below num_ranks, wrote of its own."""
         return self._json(f"{rank_name(rank)}.json")
 
+    @property
+    def kinds(self) -> list[str]:
+        """What there is of weights: `weight` itself, and the names of moments."""
+        return sorted({kind for kind, _ in self._stored}, key=lambda kind: (kind != "weight", kind))
+
     def names(self, kind: str = "weight") -> dict[str, tuple[int, ...]]:
         """Return the shape of every whole weight (or of the moment `kind` of it) by name."""
         return {name: whole_shape(stored[0].shape, stored[0].shard) for (of, name), stored in self._stored.items() if of == kind}
@@ -50,7 +55,7 @@ class Checkpoint:
         stored = self._stored.get((kind, name))
         if not stored:
             raise CheckpointError(f"{self.folder}: '{kind}/{name}' is missing: a checkpoint of another model")
-        return LazyWeight(self, name, kind, whole_shape(stored[0].shape, stored[0].shard))
+        return LazyWeight(self, name, kind, whole_shape(stored[0].shape, stored[0].shard), {(one.shape, one.shard) for one in stored if one.shard})
 
     def fill(self, pieces: Iterable[Piece]) -> None:
         """Copy into each piece's `values` what the checkpoint holds for it, in whatever layout it was written; filled-up rows get zeros.
@@ -112,17 +117,26 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A whole weight of a checkpoint. Each `weight[...]` reads all of it and keeps nothing."""
+    """A whole weight of a checkpoint. Each `weight[...]` keeps nothing and reads all of it, or one shard where just that was written."""
 
     checkpoint: Checkpoint
     name: str
     kind: str
     shape: tuple[int, ...]
+    shards: Collection[tuple[tuple[int, ...], Shard]]
+    """Shape and place of each shard that was written."""
 
     def __getitem__(self, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
-        values = torch.empty(torch.Size(self.shape).numel())
-        self.checkpoint.fill([Piece(self.name, self.kind, self.shape, None, 0, values)])
-        return values.view(self.shape)[index]
+        for shape, shard in self.shards:
+            if isinstance(index, tuple) and index == shard.held:
+                rows = index[shard.dim].stop - index[shard.dim].start
+                return self._values(shape, shard).narrow(shard.dim, 0, rows)
+        return self._values(self.shape, None)[index]
+
+    def _values(self, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
+        values = torch.empty(torch.Size(shape).numel())
+        self.checkpoint.fill([Piece(self.name, self.kind, shape, shard, 0, values)])
+        return values.view(shape)
 
 
 def rank_name(rank: int) -> str:

@@ -9,9 +9,10 @@ width 3, of which the second holds 2 columns and is filled up:
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +60,10 @@ class Block(NamedTuple):
     """Of the first value within the flattened weight."""
 
 
-def encode_pieces(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
+def encode_pieces(pieces: Sequence[Piece], values_of: Callable[[Piece], Tensor] = attrgetter("values")) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: 1-D float32 tensors `kind/name`, and in the metadata what each is a piece of.
 
+    values_of: called when a piece's turn has come, so that pieces on the meta device get their values then.
     Written here and not by the library, which would first copy all pieces of a GPU into the host's memory; here it is one at a time.
     """
     header: dict[str, Any] = {}
@@ -77,7 +79,7 @@ def encode_pieces(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for piece in pieces:
-        yield piece.values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        yield values_of(piece).detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def stored_pieces(path: Path, file: Any) -> list[StoredPiece]:  # noqa: ANN401 - safetensors' open file

@@ -19,11 +19,14 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b, file_digest
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
+
+from torch import Tensor
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of, rank_name
 from flm_scale.checkpoint.reshard import encode_pieces
@@ -72,16 +75,18 @@ def begin(run_dir: Path, *, step: int) -> Path:
     return partial
 
 
-def write_rank(partial: Path, *, rank: int, pieces: Sequence[Piece], state: Mapping[str, Any]) -> None:
+def write_rank(partial: Path, *, rank: int, pieces: Sequence[Piece], state: Mapping[str, Any],
+               values_of: Callable[[Piece], Tensor] = attrgetter("values")) -> None:
     """Write a rank's pieces and its own JSON state; when this returns they are on the disk.
 
-    Pieces on a GPU are copied to the host one at a time. Raises CheckpointError when the disk is full, read-only or gone; what was written is
-    deleted then, so that it does not keep the disk full for others.
+    Pieces on a GPU are copied to the host one at a time; those on the meta device get their values from `values_of` when their turn has come.
+    Raises CheckpointError when the disk is full, read-only or gone; what was written is deleted then, so that it does not keep the disk full for
+    others.
     """
     name = rank_name(rank)
     with _writing(partial), _deleted_on_failure(partial, name):
         (partial / f"{name}.entry").unlink(missing_ok=True)
-        files = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", encode_pieces(pieces)),
+        files = {f"{name}.safetensors": _write(partial / f"{name}.safetensors", encode_pieces(pieces, values_of)),
                  f"{name}.json": _write(partial / f"{name}.json", [json.dumps(state).encode()])}
         _write(partial / f".{name}.entry", [json.dumps(files).encode()])
         _flush_folder(partial)

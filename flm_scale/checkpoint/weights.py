@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of
-from flm_scale.checkpoint.store import folders_of, last_good, open_together
+from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint, open_together
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
@@ -64,11 +64,31 @@ def named_checkpoint(run_dir: Path, which: str) -> Checkpoint:
 def _named_folder(run_dir: Path, which: str) -> Path:
     folder = run_dir / "checkpoints" / f"step-{int(which):06d}" if which.isdecimal() else Path(which)
     if not which or not folder.is_dir():
-        there = ", ".join(folder.name.removeprefix("step-").lstrip("0") for folder in folders_of(run_dir)) or "none yet"
-        raise CheckpointError(f"--resume {which}: no such checkpoint; give latest, a step of {run_dir} (there is: {there}) or a checkpoint's folder")
+        raise CheckpointError(f"--resume {which}: no such checkpoint; give latest, a step of {run_dir} (there is: {steps_in(run_dir)}) or a "
+                              "checkpoint's folder")
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"--resume {which}: is a run, not a checkpoint; to go on with it use --run-dir {which} --resume")
     return folder
+
+
+def checkpoint_at(path: Path, step: int | None = None) -> Checkpoint:
+    """Return the checkpoint in a folder; or of a run directory that of a step, or its latest good one. Reads all of it.
+
+    Raises CheckpointError when it is not there or damaged.
+    """
+    if (path / "manifest.json").is_file() and step is None:
+        return open_checkpoint(path, full=True)
+    if step is None:
+        return last_good(path, full=True)
+    folder = path / "checkpoints" / f"step-{step:06d}"
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: no checkpoint of step {step}; there is: {steps_in(path)}")
+    return open_checkpoint(folder, full=True)
+
+
+def steps_in(run_dir: Path) -> str:
+    """Return the steps of a run's checkpoints, newest first, for a message."""
+    return ", ".join(folder.name.removeprefix("step-").lstrip("0") for folder in folders_of(run_dir)) or "none yet"
 
 
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:

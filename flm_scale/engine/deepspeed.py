@@ -34,7 +34,7 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
-from flm_scale.engine.pieces import moments_of, pieces_of, publish_masters, set_steps_taken, whole_share, zero_share
+from flm_scale.engine.pieces import drifted, moments_of, pieces_of, publish_masters, set_steps_taken, tell_drift, whole_share, zero_share
 from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import TIED_WITH, assemble, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, Piece, PlainParts, shard_of
@@ -100,7 +100,11 @@ class _Processes:
                 for piece in self._pieces_of(getattr(parameter, "tied_to", name), parameter)]
 
     def saved_pieces(self) -> list[Piece]:
-        """Return those pieces that no process before this one has as well, and the frozen weights."""
+        """Return those pieces that no process before this one has as well, and the frozen weights.
+
+        Raises CheckpointError on all processes when copies have drifted apart, of which just one would be saved.
+        """
+        self._check_copies()
         first_replica, first_shard = self.data_index == 0, self.rank % self.layout.tensor == 0
         saved = list[Piece]()
         for name, parameter in self.layers.named_parameters():
@@ -113,6 +117,18 @@ class _Processes:
                     whole = parameter.detach().float().clone()
                 saved += pieces_of(name, parameter, whole_share(whole), {}) if first_replica else ()
         return saved
+
+    def _check_copies(self) -> None:
+        """Compare what the shards of a stage hold whole, what the replicas hold at ZeRO 0, and a tied table's copies. Frozen weights do not move."""
+        held = {(f"{piece.kind} of {piece.name}", piece.shard): piece.values for piece in self.pieces()}
+        found = []
+        if self.tensor_group is not None:
+            found += drifted({name: values for (name, shard), values in held.items() if shard is None}, self.tensor_group, self.device)
+        if self.run.parallel.zero == 0:
+            found += drifted({name: values for (name, _), values in held.items()}, self.data_group, self.device)
+        for copy, group in getattr(self.engine.module, "ties", ()):
+            found += drifted({f"weight of {TIED_WITH['head.decoder.weight']}": copy}, group, self.device)
+        tell_drift(found)
 
     def resume(self, fill: Callable[[list[Piece]], None], *, updates: int) -> None:
         """Fill, publish, go on."""

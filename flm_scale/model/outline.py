@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
-from flm_scale.model.assemble import text_builders, tie
-from flm_scale.model.parts import Decoder, PlainParts
+from flm_scale.model.assemble import layer_builders, text_builders, tie
+from flm_scale.model.parts import Decoder, PlainParts, Shard
 from flm_scale.model.vision import Tower, build_vision, tower_layers
 from flm_scale.objectives.objective import Objective
 
@@ -25,26 +25,47 @@ STAND_IN_KNOWS = {"image_size", "layers", "width", "patch_size", "head_width", "
 
 
 class ShapeParts(PlainParts):
-    """Blocks with the shapes of one shard's (parallel/tensor.py), without a process group."""
+    """Blocks with the shapes and marks of the first shard's (parallel/tensor.py), without a process group."""
 
     def __init__(self, num_shards: int) -> None:
         self.num_shards = num_shards
 
+    def _mark(self, parameter: Tensor, *, dim: int, size: int) -> None:
+        if self.num_shards > 1:
+            parameter.shard = Shard(dim, 0, self.num_shards, size)  # type: ignore[attr-defined]
+
     def column_linear(self, size_in: int, size_out: int) -> nn.Module:
         """Return a linear to a share of the features."""
-        return nn.Linear(size_in, size_out // self.num_shards)
+        linear = nn.Linear(size_in, size_out // self.num_shards)
+        self._mark(linear.weight, dim=0, size=size_out)
+        self._mark(linear.bias, dim=0, size=size_out)
+        return linear
 
     def row_linear(self, size_in: int, size_out: int) -> nn.Module:
         """Return a linear from a share of the features."""
-        return nn.Linear(size_in // self.num_shards, size_out)
+        linear = nn.Linear(size_in // self.num_shards, size_out)
+        self._mark(linear.weight, dim=1, size=size_in)
+        return linear
 
     def embedding(self, num_rows: int, size: int) -> nn.Module:
         """Return a table of a share of the rows, rounded up."""
-        return nn.Embedding(-(-num_rows // self.num_shards), size)
+        table = nn.Embedding(-(-num_rows // self.num_shards), size)
+        self._mark(table.weight, dim=0, size=num_rows)
+        return table
 
     def decoder(self, size: int, num_rows: int) -> nn.Module:
         """Return a decoder of a share of the vocabulary, rounded up."""
-        return Decoder(size, -(-num_rows // self.num_shards))
+        decoder = Decoder(size, -(-num_rows // self.num_shards))
+        self._mark(decoder.weight, dim=0, size=num_rows)
+        self._mark(decoder.bias, dim=0, size=num_rows)
+        return decoder
+
+
+def named_outline(run: Run, objective: Objective) -> dict[str, nn.Module]:
+    """Return the layers as `outline` does, untied, and with every weight's real name: open_clip builds its own towers too, in seconds."""
+    with torch.device("meta"), _Unfilled():
+        builders = layer_builders(run, objective, ShapeParts(run.parallel.tensor), load_pretrained=False)
+        return {name: build() for name, build in builders.items()}
 
 
 def outline(run: Run, objective: Objective) -> nn.ModuleDict:

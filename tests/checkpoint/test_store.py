@@ -238,8 +238,8 @@ def _kill_before_change(number: int) -> None:
         if is_opened_to_write or event in {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
             change()
 
-    def between_blocks(pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
-        for block in encode(pieces):
+    def between_blocks(*arguments: Any) -> Iterator[bytes | memoryview]:
+        for block in encode(*arguments):
             yield block
             change()
 
