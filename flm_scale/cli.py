@@ -177,6 +177,20 @@ def checkpoint_diff(first: RunDir, second: RunDir) -> None:
         raise SystemExit(1)
 
 
+def checkpoint_export(run_dir: RunDir, *, out: Path, step: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Write a checkpoint as a folder for transformers, flm eval and flm caption: safetensors, config, tokenizer, code, model card.
+
+    Args:
+        run_dir: of a run.
+        out: the new folder.
+        step: of the checkpoint; the latest good one's by default.
+        dtype: of the weights in the folder.
+    """
+    from flm_scale.checkpoint.publish import export
+
+    export(run_dir, out, step=step, dtype=dtype)
+
+
 def report(run_dir: RunDir) -> None:
     """Write RUN/report.html: one page with curves, pictures, reconstructions and scores."""
     from flm_scale.observe.report import write_report
@@ -188,7 +202,7 @@ VERBS: dict[tuple[str, ...], Callable[..., None]] = {
     ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
     ("tokenizer", "train"): tokenizer_train, ("tokenizer", "show"): tokenizer_show,
     ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify, ("checkpoint", "reshard"): checkpoint_reshard,
-    ("checkpoint", "diff"): checkpoint_diff,
+    ("checkpoint", "diff"): checkpoint_diff, ("checkpoint", "export"): checkpoint_export,
     ("eval",): eval_run, ("caption",): caption, ("report",): report,
 }
 

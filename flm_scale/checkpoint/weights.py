@@ -1,8 +1,9 @@
 """What others want of a saved run: its weights without the optimizer, for evaluation; and the checkpoint to resume from."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -18,6 +19,59 @@ FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.toke
 """What a resumed run must have alike: the model, the order of its data, the kind of its moments. Layout, rates and lengths may change."""
 
 
+class Weights(Protocol):
+    """Whole weights by their canonical names: a Checkpoint's, or those of an exported folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        ...
+
+    def names(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of every weight by name."""
+        ...
+
+    def weight(self, name: str) -> Any:  # noqa: ANN401 - a tensor once it is indexed
+        """Return a weight that is read when it is indexed. Raises CheckpointError when there is none of that name."""
+        ...
+
+
+class ExportedWeights:
+    """The weights of a folder that `flm checkpoint export` wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight by name."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
+
+    def weight(self, name: str) -> Any:  # noqa: ANN401 - safetensors' slices have no type of their own
+        """Return a weight that is read when it is indexed. Raises CheckpointError when there is none of that name."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder}: '{name}' is missing: weights of another model")
+        return self._files[name].get_slice(name)
+
+    @cached_property
+    def _files(self) -> dict[str, Any]:
+        """The open file of each weight."""
+        from safetensors import SafetensorError, safe_open
+
+        files: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("model*.safetensors")):
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
+            files |= dict.fromkeys(file.keys(), file)
+        return files
+
+
+def open_weights(run_dir: Path) -> Weights:
+    """Return the weights of an exported folder, or those of the last good checkpoint of a run. Raises CheckpointError when there are none."""
+    return ExportedWeights(run_dir) if (run_dir / "config.json").is_file() else last_good(run_dir, full=False)
+
+
 def read_run(run_dir: Path) -> Run:
     """Return the Run of a run directory. Raises CheckpointError when there is none."""
     path = run_dir / "run.json"
@@ -26,13 +80,13 @@ def read_run(run_dir: Path) -> Run:
     return Run.model_validate_json(path.read_text())
 
 
-def load_weights(layers: nn.Module, checkpoint: Checkpoint, *, elsewhere: Collection[str] = ()) -> None:
+def load_weights(layers: nn.Module, checkpoint: Weights, *, elsewhere: Collection[str] = ()) -> None:
     """Fill the layers from a checkpoint. elsewhere: the model's other layers, which other processes hold.
 
     Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape.
     """
     wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()}
-    shapes = {name: shape for name, shape in checkpoint.names("weight").items() if name in wanted or name.split(".", 1)[0] not in elsewhere}
+    shapes = {name: shape for name, shape in checkpoint.names().items() if name in wanted or name.split(".", 1)[0] not in elsewhere}
     wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
              for name in sorted(wanted.keys() | shapes.keys())
              if name not in shapes or name not in wanted or shapes[name] != whole_shape(wanted[name].shape, shard_of(wanted[name]))]

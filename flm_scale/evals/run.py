@@ -5,9 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flm_scale.checkpoint.reader import Checkpoint
-from flm_scale.checkpoint.store import last_good
-from flm_scale.checkpoint.weights import load_weights, read_run
+from flm_scale.checkpoint.weights import Weights, load_weights, open_weights, read_run
 from flm_scale.config import ParallelConfig, Run
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
@@ -20,11 +18,11 @@ from flm_scale.parallel.processes import Processes, start_processes
 
 
 class TrainedRun(NamedTuple):
-    """A run directory, opened."""
+    """A run directory or an exported folder, opened."""
 
     run: Run
     """As it was trained, but for `parallel`, which says how its model is cut now."""
-    checkpoint: Checkpoint
+    weights: Weights
     dataset: Dataset
     tokenizer: Tokenizer
     objective: Objective
@@ -36,7 +34,7 @@ class TrainedRun(NamedTuple):
         stage = processes.layout.stage(processes.rank)
         own = names[bounds[stage]:bounds[stage + 1]]
         model = assemble(self.run, {name: builders[name] for name in own}, relay=processes.relay)
-        load_weights(model.layers, self.checkpoint, elsewhere=set(names) - set(own))
+        load_weights(model.layers, self.weights, elsewhere=set(names) - set(own))
         return model.to(processes.device)
 
 
@@ -48,11 +46,11 @@ def open_run(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> TrainedRun:
     run = read_run(run_dir)
     run = run.replace(parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, vision=run.parallel.vision))
     find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
-    checkpoint = last_good(run_dir, full=False)
+    weights = open_weights(run_dir)
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     tokenizer = Tokenizer(dataset.tokenizer_file)
     stage_bounds(run, shape_of(run.vision))  # more stages than layers are refused here, before the processes meet
-    return TrainedRun(run, checkpoint, dataset, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
+    return TrainedRun(run, weights, dataset, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
 
 
 def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], split: str, tensor: int = 1, pipe: int = 1) -> None:
@@ -61,16 +59,16 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
     tensor, pipe: how the model is cut over this launch's processes; the replicas that are left share the pictures.
     """
     trained = open_run(run_dir, tensor=tensor, pipe=pipe)
-    run, checkpoint, dataset, tokenizer, objective = trained
+    run, weights, dataset, tokenizer, objective = trained
     index = dataset.index(split)
     writes = find_ranks(os.environ)[0].rank == 0
     if writes:
-        print(f"{task} on '{split}' of {dataset.folder}, weights {checkpoint.folder}", flush=True)
+        print(f"{task} on '{split}' of {dataset.folder}, weights {weights.folder}", flush=True)
     match task:
         case "vqa":
             from flm_scale.evals.vqa import evaluate_vqa
 
-            result = evaluate_vqa(run, checkpoint, dataset=dataset, tokenizer=tokenizer, objective=objective, split=split)
+            result = evaluate_vqa(run, weights, dataset=dataset, tokenizer=tokenizer, objective=objective, split=split)
             rows = {row["start"]: row for row in result["rows"]} | {"floor": result["floor"]}
             columns = ["overall", "yes_no", "other"]
         case "caption":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flm_scale.batch import Batch, Example, LossSums, Term
-from flm_scale.checkpoint.reader import Checkpoint
+from flm_scale.checkpoint.weights import Weights
 from flm_scale.config import BatchConfig, OptimConfig, Run
 from flm_scale.data.loader import MicroBatches, Order, costs_of, torch_loader
 from flm_scale.data.order import MicroBatch, plan_epoch, plan_in_order
@@ -91,7 +91,7 @@ class Questions:
         return sum(map(len, self.token_ids))
 
 
-def evaluate_vqa(run: Run, checkpoint: Checkpoint, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
+def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
     """Return the content of evals/vqa.json; scores are shares in [0, 1]. Every process of a launcher runs this, cut by run.parallel.
 
     checkpoint: of the run.   split: the one scored; it trains on the other ones of TRAIN_SPLITS.
@@ -147,7 +147,7 @@ def score_floor(seen: Index, scored: Index) -> dict[str, float]:
     return shares(right, count)
 
 
-def fine_tune(run: Run, checkpoint: Checkpoint, *, task: VqaTask, answer_ids: Sequence[Sequence[int]], train: Questions, test: Questions,
+def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Sequence[Sequence[int]], train: Questions, test: Questions,
               start: Literal["pretrained", "random"]) -> dict[str, Any]:
     """Train from one start and return its row of evals/vqa.json; `seconds` are those of training, without the scoring."""
     from rich.progress import track
@@ -178,7 +178,7 @@ def fine_tune(run: Run, checkpoint: Checkpoint, *, task: VqaTask, answer_ids: Se
     return {"start": start, **row, "by_pass": by_pass, "passes": PASSES, "seconds": round(seconds, 1)}
 
 
-def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], checkpoint: Checkpoint | None) -> Engine:
+def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], checkpoint: Weights | None) -> Engine:
     """Return the engine that trains the run's model to answer, with one micro-batch a replica and step. Arguments as for `answer_rows`."""
     layout = find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
     rows = answer_rows(run, answer_ids, checkpoint=checkpoint)
@@ -192,7 +192,7 @@ def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[i
     return PipelineDeepSpeedEngine(run, task, bounds=stage_bounds(run, shape_of(run.vision)), builders=builders)
 
 
-def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, checkpoint: Checkpoint | None) -> Tensor:
+def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, checkpoint: Weights | None) -> Tensor:
     """Return the decoder's rows [A + 1, D] before training: zeros for answers that training never gave, in the last one.
 
     answer_ids: the tokens of each answer; its row is the mean of theirs in the vocabulary's decoder, so that what the run knows of the words
@@ -209,7 +209,7 @@ def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, checkpoint: Ch
 
 
 def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor,
-                       checkpoint: Checkpoint | None) -> dict[str, Callable[[], nn.Module]]:
+                       checkpoint: Weights | None) -> dict[str, Callable[[], nn.Module]]:
     """Return what builds the run's layers with its weights, the decoder cut down to the answers. rows, checkpoint: of `answer_rows`."""
     builders = layer_builders(run, task.objective, parts, weight_of=checkpoint.weight if checkpoint else None)
 

@@ -1,4 +1,4 @@
-"""Evaluates small runs on every layout of this launch's processes and saves what rank 0 found; started by a launcher.
+"""Trains a run over this launch's processes, evaluates it and small ones on every layout, and saves what rank 0 found; started by a launcher.
 
 usage: python -m tests.distributed.eval_worker RUNS_FOLDER OUT_FOLDER
 """
@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from flm_scale.batch import Example
+from flm_scale.cli import main as flm
+from flm_scale.data.pack import pack
 from flm_scale.evals import vqa
 from flm_scale.evals.caption import read_pixels, write_captions
 from flm_scale.evals.retrieval import score_pairs
@@ -24,6 +28,28 @@ from flm_scale.parallel.processes import start_processes
 
 # (tensor, pipe), and the run that is cut that way over four processes.
 LAYOUTS = {(2, 2): "tied", (2, 1): "plain", (1, 2): "tied"}
+
+
+def train_sharded(data: Path, run_dir: Path) -> None:
+    """`flm train` on (tensor 2, pipe 2): its checkpoint is of four processes."""
+    assert flm(["train", "debug", "--data.path", str(data), "--run-dir", str(run_dir), "--text.vocab-size", "61", "--steps", "20",
+                "--parallel.engine", "deepspeed", "--parallel.tensor", "2", "--parallel.pipe", "2"]) == 0
+
+
+def sharded_logits(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> dict[str, Any]:
+    """The logits of all targets of a few test captions, and greedy captions of all test pictures."""
+    trained = open_run(run_dir, tensor=tensor, pipe=pipe)
+    run, _, dataset, tokenizer, objective = trained
+    processes, index = start_processes(run.parallel), dataset.index("test")
+    model = trained.model(processes)
+    pixels = read_pixels(index, range(23), size=run.vision.image_size)
+    texts = ("a red square", "what color is this? green or blue", "square")
+    rng = np.random.default_rng(0)
+    views: list[Example] = [objective.corrupt(np.array(tokenizer.encode(text, max_length=run.text.max_length), np.int32), rng)[0] for text in texts]
+    with torch.no_grad():
+        logits = model.logits(pack([[view] for view in views], pixels[:3]))
+    captions = write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=1)
+    return {"views": views, "pixels": torch.from_numpy(pixels), "logits": logits, "captions": [caption.text for caption in captions]}
 
 
 def findings(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> dict[str, Any]:
@@ -56,6 +82,14 @@ def answers(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> list[dict[str, 
 
 
 def main(runs: Path, out: Path) -> None:
+    from tests.distributed.worker import close_groups
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_sharded(runs / "squares", runs / "trained")
+    close_groups()
+    found = sharded_logits(runs / "trained", tensor=2, pipe=2)
+    if dist.get_rank() == 0:
+        torch.save(found, out / "trained.pt")
     printed = io.StringIO()
     for (tensor, pipe), name in LAYOUTS.items():
         found = findings(runs / name, tensor=tensor, pipe=pipe)

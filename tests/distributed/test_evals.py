@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from flm_scale.checkpoint.publish import export
 from flm_scale.config import ParallelConfig
 from flm_scale.data.shards import Dataset
+from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.local import LocalEngine
 from flm_scale.evals.show import caption_files
 from flm_scale.model.assemble import build_model
@@ -20,6 +22,7 @@ from tests.distributed.eval_worker import LAYOUTS, answers, findings
 from tests.distributed.launch import run_worker
 from tests.evals.picture_set import picture_set
 from tests.synthetic import objective_of, tiny_run, weights_of, write_weights
+from tests.test_export import compare_logits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -95,6 +98,20 @@ def test_own_pictures_are_captioned_and_drawn_as_by_one_process(runs: Path, outc
     drawn = {path.name: path.read_bytes() for path in (outcomes / f"{layout[0]}{layout[1]}").iterdir()}
     assert drawn == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(drawn) == 3
+
+
+def test_a_run_of_four_processes_exports_to_the_same_logits_and_captions(runs: Path, outcomes: Path, tmp_path: Path) -> None:
+    """Trained and evaluated as tensor 2 x pipe 2; exported and loaded by transformers in one process."""
+    from flm_scale.export import FlmScaleForCausalLM
+
+    found = torch.load(outcomes / "trained.pt", weights_only=False)
+    assert len(list((runs / "trained/checkpoints/step-000020").glob("rank-*.safetensors"))) == 4
+    export(runs / "trained", tmp_path / "out")
+    model, tokenizer = FlmScaleForCausalLM.from_pretrained(tmp_path / "out"), Tokenizer(tmp_path / "out/tokenizer.model")
+    said = model.generate(pixel_values=found["pixels"])
+    assert [tokenizer.decode(ids) for ids in said.tolist()] == found["captions"]
+    compared = compare_logits(model, found["views"], found["pixels"][:3], found["logits"])
+    assert compared >= 2 * sum(len(view.queries) for view in found["views"])
 
 
 def test_the_command_line_under_torchrun_writes_what_it_writes_alone(runs: Path, tmp_path: Path) -> None:
