@@ -5,6 +5,7 @@ import io
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -12,6 +13,9 @@ from PIL import Image, ImageDraw
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import DataError
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
+hypothesis.settings.load_profile("any machine")
 
 COLORS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square")

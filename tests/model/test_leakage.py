@@ -64,7 +64,7 @@ def model_of(kind: str, norm: str, dtype: torch.dtype) -> tuple[Run, VisionLangu
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 @given(n=st.integers(1, LONGEST), rate=st.floats(0, 1), seed=st.integers(0, 10_000))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_target_is_predicted_from_exactly_what_its_dependency_row_shows(
         kind: str, norm: str, dtype: torch.dtype, n: int, rate: float, seed: int) -> None:
     """Hidden tokens have exactly zero gradient, shown ones a gradient; nothing is ever not-a-number."""

@@ -13,7 +13,7 @@ from tests.synthetic import MASK_ID, caption_ids
 
 
 @given(n=st.integers(1, 30), rate=st.sampled_from([0.15, 0.4, 1.0]), seed=st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_mlm_hides_exactly_the_rounded_share_and_predicts_just_that(n: int, rate: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     ids = caption_ids(n, rng)
@@ -46,7 +46,7 @@ def test_a_lower_prediction_rate_keeps_the_corruption(share: float) -> None:
 
 
 @given(n=st.integers(1, 20), passes=st.integers(1, 6), seed=st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_passes_share_out_the_hidden_tokens_and_each_hides_only_its_own(n: int, passes: int, seed: int) -> None:
     ids = caption_ids(n, np.random.default_rng(seed))
     whole = Mlm(MlmConfig(mask_rate=0.6), mask_id=MASK_ID).corrupt(ids, np.random.default_rng(seed))[0]
@@ -59,7 +59,7 @@ def test_passes_share_out_the_hidden_tokens_and_each_hides_only_its_own(n: int, 
 
 
 @given(n=st.integers(1, 20), rate=st.floats(0.01, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_prefix_lm_predicts_the_last_tokens_and_eos_from_a_prefix_that_sees_itself(n: int, rate: float) -> None:
     rng = np.random.default_rng(0)
     ids = caption_ids(n, rng)

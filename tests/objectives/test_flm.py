@@ -11,7 +11,7 @@ from tests.synthetic import caption_ids
 
 
 @given(n=st.integers(1, 19), rate=st.floats(0, 1), seed=st.integers(0, 10_000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_span_lies_in_the_caption_and_holds_its_target(n: int, rate: float, seed: int) -> None:
     lo, hi = draw_spans(n, rate=rate, rng=np.random.default_rng(seed))
     target = np.arange(1, n + 1)
@@ -46,7 +46,7 @@ def test_rate_zero_hides_the_target_alone() -> None:
 
 
 @given(n=st.integers(1, 19), seed=st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_content_token_is_predicted_by_each_kind_of_row_and_eos_by_the_forward_stream_alone(n: int, seed: int) -> None:
     """n reconstruction, n + 1 forward (EOS too), n reverse targets; BOS is never one."""
     rng = np.random.default_rng(seed)
