@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 RUN := runs/demo
 PROCESSES ?= 2
 
-.PHONY: setup pretrain test test-fast check bench report lock
+.PHONY: setup pretrain test test-fast test-soak check bench report lock
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: test-fast  ## those with many processes of their own come one after anothe
 
 test-fast: setup
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+test-soak: setup  ## an hour: all pairs of layouts, kill -9 on all layouts; ARGUMENTS="--trials 3 --layouts 112-zero1 --seed 1" for less
+	ALL_PAIRS=1 $(PYTHON) -m pytest -q tests/distributed/test_pairs.py
+	$(PYTHON) -m tests.distributed.soak $(ARGUMENTS)
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -77,7 +77,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     meet()
     if requeued:
         resume, overwrite = ("latest", False) if gather(folders_of(run_dir))[0] else (resume, True)
-    checkpoint = find_checkpoint(run_dir, resume, run) if resume is not None else None
+    checkpoint = together(lambda: find_checkpoint(run_dir, resume, run)) if resume is not None else None
     together(lambda: open_run_dir(run_dir, run, checkpoint, overwrite=overwrite) if ranks.rank == 0 else None)
     engine = build_engine(run, objective, checkpoint)
     if checkpoint:
@@ -251,9 +251,15 @@ def open_run_dir(run_dir: Path, run: Run, checkpoint: Checkpoint | None, *, over
             raise ConfigError(f"{run_dir} is not empty and not a run; choose another --run-dir")
         if not overwrite:
             raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or add --resume to go on with it, --overwrite to replace it")
-        shutil.rmtree(run_dir)
+        for path in run_dir.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "run.json":  # by which a start after a kill on the way knows what it may replace
+                path.unlink()
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "run.json").write_text(run.model_dump_json(indent=2) + "\n")
+    part = run_dir / "run.json.part"
+    part.write_text(run.model_dump_json(indent=2) + "\n")
+    part.replace(run_dir / "run.json")
 
 
 def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None) -> Engine:

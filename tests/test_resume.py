@@ -1,5 +1,6 @@
 """`flm train --resume`: to the bit where nothing changed, refused where what must not change did, never from random."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from flm_scale import train
 from flm_scale.checkpoint.store import write_rank
 from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
@@ -192,6 +196,93 @@ def test_a_save_that_fails_is_said_and_only_the_last_one_ends_the_run(toy_datase
     assert saved_steps(tmp_path / "run") == sorted({2, 4, 6} - {full_at})
     assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
     assert len([line for line in lines_of(tmp_path / "run") if "loss" in line]) == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that has room for two checkpoints and what else a run writes. Skipped where this user may not mount, but not in CI."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI")
+        pytest.skip("mounting a file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3500k", "flm", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_is_full_costs_no_step_and_no_good_checkpoint_and_with_room_the_run_goes_on(toy_dataset: Dataset, tmp_path: Path,
+                                                                                                small_disk: Path,
+                                                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = small_disk / "run"
+    assert main(arguments(toy_dataset, run_dir, steps=8)) == 2
+    said = capsys.readouterr().err
+    for step in (6, 8):
+        assert re.search(rf"^flm: saving step {step}: .*step-00000{step}.partial.*cannot be written \(No space left on device\)", said, re.MULTILINE)
+    assert f"flm: {run_dir}: the last step, 8, could not be saved; make room and add --resume" in said
+    assert "Traceback" not in said
+    assert saved_steps(run_dir) == [2, 4]
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
+    assert [line["step"] for line in lines_of(run_dir) if "loss" in line] == list(range(1, 9))
+    shutil.rmtree(run_dir / "checkpoints/step-000002")
+    assert main([*arguments(toy_dataset, run_dir, "--resume", steps=8), "--log.save-every-steps", "0"]) == 0
+    assert main(arguments(toy_dataset, tmp_path / "unbroken", steps=8)) == 0
+    assert course(run_dir) == course(tmp_path / "unbroken")
+    assert state_at(run_dir, 8) == state_at(tmp_path / "unbroken", 8)
+
+
+def after_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    record = train.Recorder.step
+
+    def record_and_act(self: train.Recorder, step: int, *args: Any, **more: Any) -> None:
+        record(self, step, *args, **more)
+        act(step)
+
+    monkeypatch.setattr(train.Recorder, "step", record_and_act)
+
+
+@pytest.mark.parametrize(("trouble", "said"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
+def test_a_disk_that_refuses_for_a_while_costs_no_step_and_no_good_checkpoint(toy_dataset: Dataset, tmp_path: Path, small_disk: Path,
+                                                                              monkeypatch: pytest.MonkeyPatch,
+                                                                              trouble: str, said: str) -> None:
+    """The checkpoints' alone. It comes when step 2 is saved and goes when a save has failed."""
+    run_dir, log, filling = tmp_path / "run", tmp_path / "run/logs/rank_0.log", small_disk / "filling"
+    seen = []
+
+    def act(step: int) -> None:
+        if step == 1:
+            (run_dir / "checkpoints").symlink_to(small_disk)
+        elif not seen and saved_steps(run_dir) and step > 3:
+            seen.append("trouble")
+            if trouble == "read-only":
+                subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+            else:
+                with contextlib.suppress(OSError), filling.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(2**16))
+        elif seen == ["trouble"] and "saving step" in log.read_text():
+            seen.append("none")
+            subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+            filling.unlink(missing_ok=True)
+
+    after_each_step(monkeypatch, act)
+    assert main([*arguments(toy_dataset, run_dir, steps=20), "--log.keep-last", "1"]) == 0
+    assert seen == ["trouble", "none"]
+    assert re.search(rf"^flm: saving step \d+: .* cannot be written \({said}\)", log.read_text(), re.MULTILINE)
+    assert "Traceback" not in log.read_text()
+    assert [line["step"] for line in lines_of(run_dir) if "loss" in line] == list(range(1, 21))
+    assert saved_steps(run_dir) == [20]
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
+
+
+def test_checkpoints_that_vanish_cost_no_step_and_the_next_save_makes_their_folder_anew(toy_dataset: Dataset, tmp_path: Path,
+                                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    after_each_step(monkeypatch, lambda step: shutil.rmtree(run_dir / "checkpoints", ignore_errors=True) if step == 9 else None)
+    assert main(arguments(toy_dataset, run_dir, steps=20)) == 0
+    assert [line["step"] for line in lines_of(run_dir) if "loss" in line] == list(range(1, 21))
+    assert saved_steps(run_dir)[-4:] == [14, 16, 18, 20]
+    assert main(["checkpoint", "verify", str(run_dir)]) == 0
 
 
 def test_checkpoints_are_listed_and_verified(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of, rank_name
 from flm_scale.checkpoint.reshard import encode_pieces
-from flm_scale.errors import CheckpointError, ToldElsewhereError
+from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import Piece
 from flm_scale.parallel.mesh import find_ranks
-from flm_scale.parallel.processes import gather, place, together
+from flm_scale.parallel.processes import gather, place
 
 FORMAT = 1
 MANIFEST, LATEST = "manifest.json", "latest"
+USE_ANOTHER = "; use another step"
 POLL_SECONDS = 0.1
 
 
@@ -138,11 +139,11 @@ def open_checkpoint(folder: Path, *, full: bool, share: tuple[int, int] = (0, 1)
         files: dict[str, FileEntry] = content["files"]
         is_sealed = data == _manifest(content["format"], files)
     except OSError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}), so this is no whole checkpoint; use another step") from error
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read ({error.strerror}), so this is no whole checkpoint{USE_ANOTHER}") from error
     except (ValueError, KeyError, TypeError):
         is_sealed = False
     if not is_sealed:
-        raise CheckpointError(f"{folder / MANIFEST}: is damaged; use another step")
+        raise CheckpointError(f"{folder / MANIFEST}: is damaged{USE_ANOTHER}")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{folder}: is of format {content['format']}, and this program reads {FORMAT}; use the program that wrote it")
     own = set(sorted(files, key=lambda name: files[name]["bytes"])[share[0]::share[1]]) if full else set()
@@ -150,17 +151,32 @@ def open_checkpoint(folder: Path, *, full: bool, share: tuple[int, int] = (0, 1)
         problems = [problem for problem in pool.map(lambda name: _problem(folder / name, files[name], full=name in own), files) if problem]
     problems += [f"{name} is too much" for name in sorted(path.name for path in folder.glob("rank-*")) if name not in files]
     if problems:
-        raise CheckpointError(f"{folder}: {first_of(problems)}; use another step")
+        raise CheckpointError(f"{folder}: {first_of(problems)}{USE_ANOTHER}")
     return Checkpoint(folder, num_ranks=sum(name.endswith(".safetensors") for name in files))
 
 
 def open_together(folder: Path) -> Checkpoint:
     """Return a checkpoint after reading all of it, each process its share of the files; collective.
 
-    Raises CheckpointError, on all of them, when one has found it missing or damaged.
+    Raises on all of them CheckpointError when it is missing or damaged, and ConfigError when not all processes see the same.
     """
-    together(lambda: open_checkpoint(folder, full=False))
-    return together(lambda: open_checkpoint(folder, full=True, share=place()))
+    problems = gather(_what_is_wrong(folder, full=False))
+    if any(problems) and not all(problems):
+        rank, problem = next((rank, problem) for rank, problem in enumerate(problems) if problem)
+        raise ConfigError(f"rank {rank} does not see what others see: {problem.removesuffix(USE_ANOTHER)}; is the run directory on a disk that all "
+                          "nodes share? name an older step with --resume STEP to leave this one out")
+    for problem in [*problems, *gather(problems[0] or _what_is_wrong(folder, full=True))]:
+        if problem:
+            raise CheckpointError(problem)
+    return open_checkpoint(folder, full=False)
+
+
+def _what_is_wrong(folder: Path, *, full: bool) -> str:
+    try:
+        open_checkpoint(folder, full=full, share=place())
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
@@ -169,12 +185,10 @@ def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
     Rank 0 says on standard error which newer ones were passed over.
     Raises CheckpointError when there is none, or none that is good: nothing may start from random then.
     """
-    folders = gather(folders_of(run_dir))[0] if full else folders_of(run_dir)
+    folders = max(gather(folders_of(run_dir)), key=len) if full else folders_of(run_dir)
     for folder in folders:
         try:
             return open_together(folder) if full else open_checkpoint(folder, full=False)
-        except ToldElsewhereError:
-            continue
         except CheckpointError as error:
             if find_ranks(os.environ)[0].rank == 0:
                 print(f"flm: passed over {error}", file=sys.stderr, flush=True)

@@ -151,9 +151,12 @@ def costs_of(token_ids: list[list[np.ndarray]], objective: Objective) -> list[li
 
 
 def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Order], *, workers: int) -> "DataLoader[Batch]":
-    """Return torch's loader over our orders: it keeps their sequence whatever the number of workers."""
+    """Return torch's loader over our orders: it keeps their sequence whatever the number of workers.
+
+    The seed that it draws for its workers is of no use here; from the process's generator it would leave that other than in an unbroken run.
+    """
     return DataLoader(dataset, batch_size=None, sampler=orders, num_workers=workers, prefetch_factor=4 if workers else None,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm, generator=torch.Generator())
 
 
 def outlive_sigterm(_worker: int) -> None:

@@ -134,6 +134,8 @@ class _Processes:
         """Fill, publish, go on."""
         fill(self.pieces())
         set_steps_taken(self.torch_optimizer, updates)
+        if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
+            _multiply_betas(self.torch_optimizer, updates)
         publish_masters(self.engine.optimizer, zero=self.run.parallel.zero)
 
     @property
@@ -195,6 +197,17 @@ def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
         raise ConfigError("offloading the optimizer needs DeepSpeed's CPU Adam, which is compiled at its first use: "
                           f"{error.__cause__ or error}; install g++ and Python's headers, or choose another --parallel.template") from error
     return adam
+
+
+def _multiply_betas(adam: DeepSpeedCPUAdam, updates: int) -> None:
+    """Bring the powers of the betas, which its C++ part keeps, to where so many updates bring them: taken at once they would be rounded otherwise.
+
+    2 microseconds an update.
+    """
+    beta1, beta2 = adam.param_groups[0]["betas"]
+    nothing = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, updates + 1):
+        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
 
 
 class PlainDeepSpeedEngine(_Processes):
