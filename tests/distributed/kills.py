@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from flm_scale.checkpoint import store
 from flm_scale.cli import main
 from flm_scale.engine import deepspeed
+from flm_scale.guard import Guard
 from tests.distributed.launch import Launch
 from tests.test_resume import course, saved_steps
 
@@ -121,19 +122,23 @@ def in_nth_list(number: int, owner: Any, name: str, end: Callable[[], None]) -> 
 def note_samples(path: Path) -> None:
     log = path.open("a", buffering=1)
     for engine in ENGINES:
-        before_calls_of(engine, "train_step", lambda _, batches, *, step: log.write(
+        before_calls_of(engine, "train_step", lambda _, batches, *, step, **__: log.write(
             json.dumps({"step": step + 1, "time": time.time(), "keys": [batch.keys for batch in batches]}) + "\n"))
 
 
 def aim(kill: Kill, run_dir: Path, end: Callable[[], None]) -> None:
     """Let this process come to its end at the place. Saving may run in a thread of its own."""
-    def in_step(*_: object, step: int, **__: object) -> None:
-        if step + 1 == kill.step:
+    steps = [0]
+
+    def judged(*_: object) -> None:
+        if steps[-1] == kill.step:
             end()
 
     match kill.place:
-        case "in a step":  # with all gradients but the last micro-batch's, and before the update
-            before_calls_of(deepspeed, "check_finite", in_step)
+        case "in a step":  # between the gradients and the update
+            for engine in ENGINES:
+                before_calls_of(engine, "train_step", lambda *_, step, **__: steps.append(step + 1))
+            before_calls_of(Guard, "takes", judged)
         case "while copying":
             for engine in ENGINES:
                 in_nth_list(kill.step // EVERY, engine, "saved_pieces", end)
@@ -230,18 +235,12 @@ def differences(run_dir: Path, reference: Reference, samples: list[tuple[int, di
         yield "not all steps"
     if any(line["keys"] != reference.samples.get((rank, line["step"])) for rank, line in samples):
         yield "other samples"
-    last = Path("checkpoints", f"step-{STEPS:06d}")
-    for path in sorted((reference.run_dir / last).glob("*.safetensors")):
-        if path.read_bytes() != (run_dir / last / path.name).read_bytes():
-            yield f"other weights or moments in {path.name}"
-    if place_in_data(run_dir / last) != place_in_data(reference.run_dir / last):
-        yield "another place in the data"
+    manifest = Path("checkpoints", f"step-{STEPS:06d}", "manifest.json")
+    if (run_dir / manifest).read_bytes() != (reference.run_dir / manifest).read_bytes():
+        files, others = (json.loads((folder / manifest).read_text())["files"] for folder in (run_dir, reference.run_dir))
+        yield f"other bytes in {', '.join(name for name in files if files[name] != others.get(name))}"
     if (left := names_in(run_dir / "checkpoints")) != names_in(reference.run_dir / "checkpoints"):
         yield f"other files are left: {left}"
-
-
-def place_in_data(checkpoint: Path) -> Any:
-    return json.loads((checkpoint / "state.json").read_text())["loader"]
 
 
 def names_in(folder: Path) -> list[str]:
