@@ -168,7 +168,7 @@ class Training:
             self.heartbeat.beat(step + 1, "save")
             self.saver.finish()
             try:
-                good = last_good(self.run_dir, full=True)
+                good = last_good(self.run_dir, full=True, together=True)
             except CheckpointError as error:
                 raise BadStepError(f"{where}; and there is nothing to roll back to: {error}") from error
             self.engine.resume(good.fill, updates=good.state["updates"])

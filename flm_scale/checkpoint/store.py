@@ -179,16 +179,17 @@ def _what_is_wrong(folder: Path, *, full: bool) -> str:
     return ""
 
 
-def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
-    """Return the newest checkpoint that is whole; with `full` after reading all of it, which is collective.
+def last_good(run_dir: Path, *, full: bool, together: bool = False) -> Checkpoint:
+    """Return the newest checkpoint that is whole, with `full` after reading all of it.
 
+    together: collective; the processes read it between them and all return the same one.
     Rank 0 says on standard error which newer ones were passed over.
     Raises CheckpointError when there is none, or none that is good: nothing may start from random then.
     """
-    folders = max(gather(folders_of(run_dir)), key=len) if full else folders_of(run_dir)
+    folders = max(gather(folders_of(run_dir)), key=len) if together else folders_of(run_dir)
     for folder in folders:
         try:
-            return open_together(folder) if full else open_checkpoint(folder, full=False)
+            return open_together(folder) if together else open_checkpoint(folder, full=full)
         except CheckpointError as error:
             if find_ranks(os.environ)[0].rank == 0:
                 print(f"flm: passed over {error}", file=sys.stderr, flush=True)

@@ -102,7 +102,7 @@ def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:
     Raises CheckpointError, so that nothing starts from random unasked, when there is none or the one that was named is damaged; ConfigError
     when it is of a run that is too different.
     """
-    checkpoint = last_good(run_dir, full=True) if which == "latest" else named_checkpoint(run_dir, which)
+    checkpoint = last_good(run_dir, full=True, together=True) if which == "latest" else named_checkpoint(run_dir, which)
     check_resumable(run, checkpoint)
     return checkpoint
 
