@@ -4,6 +4,7 @@ dataset -> tokenizer -> objective -> model -> engine -> loader; then for each st
 is due validate and save. Every process of the launcher runs this same code; one of each model replica reads, rank 0 writes.
 """
 
+import json
 import math
 import os
 import shutil
@@ -30,8 +31,9 @@ from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import CheckpointError, ConfigError, DataError
-from flm_scale.model.assemble import assemble, layer_builders
+from flm_scale.model.assemble import account_for, assemble, layer_builders
 from flm_scale.model.parts import PlainParts
+from flm_scale.model.pretrained import Account, PretrainedText
 from flm_scale.objectives.objective import Objective, build_objective
 from flm_scale.observe.cost import BatchShapes, forward_flops, shape_of, training_flops
 from flm_scale.observe.heartbeat import Heartbeat
@@ -70,9 +72,11 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     if requeued:
         resume, overwrite = ("latest", False) if folders_of(run_dir) else (resume, True)
     checkpoint = find_checkpoint(run_dir, resume, run) if resume is not None else None
+    reads_text = run.text.pretrained and not checkpoint
+    pretrained_text = PretrainedText(run.text, tokenizer.pieces(range(tokenizer.vocab_size))) if reads_text else None
     if ranks.rank == 0:
         open_run_dir(run_dir, run, checkpoint, overwrite=overwrite)
-    engine = build_engine(run, objective, checkpoint)
+    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text)
     first_step = go_on(engine, checkpoint)
 
     def training_loader() -> Loader:
@@ -90,6 +94,8 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
         recorder.start()
         if engine.rank == 0:
             announce(run, run_dir, dataset, engine, checkpoint)
+            if not checkpoint:
+                write_accounts(run_dir, account_for(run, objective, pretrained_text))
         steps(run, run_dir, engine, loader, objective, first_step=first_step, recorder=recorder, heartbeat=heartbeat)
 
 
@@ -225,12 +231,13 @@ def open_run_dir(run_dir: Path, run: Run, checkpoint: Checkpoint | None, *, over
     (run_dir / "run.json").write_text(run.model_dump_json(indent=2) + "\n")
 
 
-def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None) -> Engine:
+def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedText | None = None) -> Engine:
     """Return the engine that the run names, around the run's model as it starts, or as it was saved.
 
+    pretrained_text: what `text.pretrained` names, which a run without a checkpoint starts from.
     Raises ConfigError for several processes on the local one.
     """
-    builders = partial(layer_builders, run, objective, weight_of=checkpoint.weight if checkpoint else None)
+    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, weight_of=checkpoint.weight if checkpoint else None)
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
@@ -323,6 +330,14 @@ def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, checkpoi
           f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}"
           + (f"; goes on behind {checkpoint.folder}" if checkpoint else ""),
           file=sys.stderr)
+
+
+def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
+    """Say what became of the pretrained files, in a line each, and tensor by tensor in RUN/pretrained.json."""
+    for side, account in accounts.items():
+        print(f"flm: {side} weights {account.summary()}", file=sys.stderr)
+    if accounts:
+        (run_dir / "pretrained.json").write_text(json.dumps({side: account.as_json() for side, account in accounts.items()}, indent=2) + "\n")
 
 
 def step_keys(run: Run, *, step: int) -> list[str]:

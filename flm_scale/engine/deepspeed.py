@@ -257,6 +257,8 @@ class PipelineDeepSpeedEngine(_Processes):
         self.last_stage_rank = grid.stage_to_global(self.layout.pipe - 1)
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine = self._initialize(stage, parameter_groups(stage, run.optim))
+        if self.layout.pipe > 1 and hasattr(self.engine.optimizer, "scaled_global_norm"):  # bf16's optimizer has one norm for all groups
+            self._sum_norms_once()
         # Between the gradients and the update; DeepSpeed looks the instruction's method up here.
         take_step = self.engine._INSTRUCTION_MAP[OptimizerStep]  # noqa: SLF001
 
@@ -284,6 +286,24 @@ class PipelineDeepSpeedEngine(_Processes):
         self._check, self.sums = check, []
         self.engine.train_batch(self._labelled(batches, counts))
         return StepResult(*seen[0], norms[0] if norms else float(self.engine.get_global_grad_norm()), lr)
+
+    def _sum_norms_once(self) -> None:
+        """Let the norm be added up over stages and shards once for all of the optimizer's groups.
+
+        DeepSpeed adds up each group's by itself, and waits for ever where one stage has more groups than another: those of pretrained weights.
+        """
+        optimizer = self.engine.optimizer
+        norm_of_groups, group = optimizer.scaled_global_norm, optimizer.model_parallel_group
+
+        def norm_over_stages(norm_type: float = 2) -> Tensor:
+            optimizer.model_parallel_group = None
+            here = norm_of_groups(norm_type)
+            optimizer.model_parallel_group = group
+            squares: Tensor = here.square()
+            dist.all_reduce(squares, group=group)
+            return squares.sqrt()
+
+        optimizer.scaled_global_norm = norm_over_stages
 
     def evaluate(self, batches: Iterable[Batch]) -> LossSums:
         """Score this replica's share; sum over replicas."""
