@@ -142,6 +142,8 @@ class TextConfig(Section):
     """The decoder's weights are the embedding table's; the published FLM has them apart."""
     norm: Literal["pre", "post"] = "pre"
     """Where layer normalisation sits; 'post' is BERT's and the published FLM's order."""
+    pretrained: str = ""
+    """Folder, or name on the Hugging Face hub (downloaded once), of a RoBERTa or BERT that embeddings, bottom layers and head start from."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:

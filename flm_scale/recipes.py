@@ -72,7 +72,8 @@ def flm_base() -> Run:
 
     Command: srun python -m flm_scale train flm_base.   Needs: COCO, Visual Genome, Conceptual Captions and SBU under data/4m with a vocabulary of
     at most 50,265 (published: RoBERTa's BPE), and a download of OpenAI's CLIP weights.   Expect: not trained here, so no score is claimed.
-    As published, but for what docs/decisions.md says: the text side starts from random, no dropout, bf16, no forced full stop.
+    As published, but for what docs/decisions.md says: no dropout, bf16, no forced full stop; and the text side starts from random unless
+    --text.pretrained FacebookAI/roberta-base is added, of which six layers are taken as published (docs/pretrained.md).
     The mix has 10.3 tokens a caption with BOS and EOS, so 704 tokens hold 64. 256 GPUs are more than 64 micro-batches keep busy.
     Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
         8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 7 GB, 0.11 s

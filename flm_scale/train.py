@@ -34,8 +34,9 @@ from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError
 from flm_scale.guard import Guard
-from flm_scale.model.assemble import assemble, layer_builders
+from flm_scale.model.assemble import account_for, assemble, layer_builders
 from flm_scale.model.parts import PlainParts
+from flm_scale.model.pretrained import Account, PretrainedText
 from flm_scale.objectives.objective import Objective, build_objective
 from flm_scale.observe.cost import BatchShapes, forward_flops, shape_of, training_flops
 from flm_scale.observe.heartbeat import Heartbeat
@@ -78,8 +79,10 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     if requeued:
         resume, overwrite = ("latest", False) if gather(folders_of(run_dir))[0] else (resume, True)
     checkpoint = together(lambda: find_checkpoint(run_dir, resume, run)) if resume is not None else None
+    reads_text = run.text.pretrained and not checkpoint
+    pretrained_text = together(lambda: PretrainedText(run.text, tokenizer.pieces(range(tokenizer.vocab_size)))) if reads_text else None
     together(lambda: open_run_dir(run_dir, run, checkpoint, overwrite=overwrite) if ranks.rank == 0 else None)
-    engine = build_engine(run, objective, checkpoint)
+    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text)
     if checkpoint:
         go_on(engine, checkpoint)
 
@@ -100,6 +103,8 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
         recorder.start()
         if engine.rank == 0:
             announce(run, run_dir, dataset, engine, checkpoint)
+            if not checkpoint:
+                write_accounts(run_dir, account_for(run, objective, pretrained_text))
         Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go()
 
 
@@ -262,12 +267,13 @@ def open_run_dir(run_dir: Path, run: Run, checkpoint: Checkpoint | None, *, over
     part.replace(run_dir / "run.json")
 
 
-def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None) -> Engine:
+def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedText | None = None) -> Engine:
     """Return the engine that the run names, around the run's model as it starts, or as it was saved.
 
+    pretrained_text: what `text.pretrained` names, which a run without a checkpoint starts from.
     Raises ConfigError for several processes on the local one.
     """
-    builders = partial(layer_builders, run, objective, weight_of=checkpoint.weight if checkpoint else None)
+    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, weight_of=checkpoint.weight if checkpoint else None)
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
@@ -372,6 +378,14 @@ def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, checkpoi
           f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}"
           + (f"; goes on behind {checkpoint.folder}" if checkpoint else ""),
           file=sys.stderr)
+
+
+def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
+    """Say what became of the pretrained files, in a line each, and tensor by tensor in RUN/pretrained.json."""
+    for side, account in accounts.items():
+        print(f"flm: {side} weights {account.summary()}", file=sys.stderr)
+    if accounts:
+        (run_dir / "pretrained.json").write_text(json.dumps({side: account.as_json() for side, account in accounts.items()}, indent=2) + "\n")
 
 
 def step_keys(run: Run, *, step: int) -> list[str]:

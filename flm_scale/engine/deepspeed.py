@@ -34,7 +34,8 @@ from flm_scale.engine.base import (
     total_loss,
 )
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
-from flm_scale.engine.pieces import drifted, moments_of, pieces_of, publish_masters, set_steps_taken, tell_drift, whole_share, zero_share
+from flm_scale.engine.pieces import drifted, moments_of, pieces_of, set_steps_taken, tell_drift, whole_share
+from flm_scale.engine.zero import ModelParallelUnit, multiply_betas, publish_masters, sum_norms_once, zero_share
 from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import TIED_WITH, assemble, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, Piece, PlainParts, shard_of
@@ -135,7 +136,7 @@ class _Processes:
         fill(self.pieces())
         set_steps_taken(self.torch_optimizer, updates)
         if isinstance(self.torch_optimizer, DeepSpeedCPUAdam):
-            _multiply_betas(self.torch_optimizer, updates)
+            multiply_betas(self.torch_optimizer, updates)
         publish_masters(self.engine.optimizer, zero=self.run.parallel.zero)
 
     @property
@@ -199,17 +200,6 @@ def _cpu_adam(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     return adam
 
 
-def _multiply_betas(adam: DeepSpeedCPUAdam, updates: int) -> None:
-    """Bring the powers of the betas, which its C++ part keeps, to where so many updates bring them: taken at once they would be rounded otherwise.
-
-    2 microseconds an update.
-    """
-    beta1, beta2 = adam.param_groups[0]["betas"]
-    nothing = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, updates + 1):
-        adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
-
-
 class PlainDeepSpeedEngine(_Processes):
     """DeepSpeed's plain engine around the whole layer list."""
 
@@ -223,7 +213,7 @@ class PlainDeepSpeedEngine(_Processes):
             from flm_scale.parallel.tensor import data_group
 
             self.data_group = data_group()
-            more["mpu"] = _Mpu(self.tensor_group, self.data_group)
+            more["mpu"] = ModelParallelUnit(self.tensor_group, self.data_group)
         self.engine = self._initialize(model, parameter_groups(model, run.optim), **more)
 
     def train_step(self, batches: Sequence[Batch], *, step: int, takes: Callable[[float], bool] = math.isfinite) -> StepResult:
@@ -255,16 +245,6 @@ class PlainDeepSpeedEngine(_Processes):
         self.engine.train()
         return self._add_up(sums)
 
-class _Mpu:
-    """What DeepSpeed's plain engine asks of a model-parallel unit; for it model parallel is tensor parallel."""
-
-    def __init__(self, tensor_group: dist.ProcessGroup, data_group: dist.ProcessGroup) -> None:
-        for name, group in (("model", tensor_group), ("tensor_model", tensor_group), ("data", data_group)):
-            setattr(self, f"get_{name}_parallel_group", lambda group=group: group)
-            setattr(self, f"get_{name}_parallel_rank", lambda group=group: dist.get_rank(group))
-            setattr(self, f"get_{name}_parallel_world_size", lambda group=group: dist.get_world_size(group))
-
-
 class PipelineDeepSpeedEngine(_Processes):
     """DeepSpeed's pipeline engine over the layer list, cut into stages."""
 
@@ -290,6 +270,8 @@ class PipelineDeepSpeedEngine(_Processes):
         self.last_stage_rank = grid.stage_to_global(self.layout.pipe - 1)
         with contextlib.redirect_stdout(io.StringIO()):
             self.engine = self._initialize(stage, parameter_groups(stage, run.optim))
+        if self.layout.pipe > 1 and hasattr(self.engine.optimizer, "scaled_global_norm"):  # bf16's optimizer has one norm for all groups
+            sum_norms_once(self.engine.optimizer)
         # Between the gradients and the update; DeepSpeed looks the instruction's method up here.
         take_step = self.engine._INSTRUCTION_MAP[OptimizerStep]  # noqa: SLF001
 

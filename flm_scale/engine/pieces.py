@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,25 +38,6 @@ def whole_share(master: Tensor) -> Share:
     return Share(master, master.shape, 0, 0, master.numel())
 
 
-def zero_share(parameter: Any, wrapper: Any, *, zero: int, data_index: int) -> Share | None:  # noqa: ANN401 - a weight with DeepSpeed's notes
-    """Return the share that ZeRO leaves to this process, by DeepSpeed's book of where in its flat buffers it lies; None for none.
-
-    wrapper: DeepSpeed's optimizer.
-    """
-    if zero == 0:
-        return whole_share(parameter)
-    if zero == 3:
-        group, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
-        start = data_index * size
-        size = min(size, parameter.ds_numel - start)  # the last share is filled up, or empty
-        return Share(wrapper.fp32_partitioned_groups_flat[group], parameter.ds_shape, start, offset, size) if size > 0 else None
-    share = parameter._hp_mapping  # noqa: SLF001
-    if share is None:
-        return None
-    master = wrapper.optimizer.param_groups[share.param_group_index]["params"][0]
-    return Share(master, parameter.shape, share.lp_fragment_address.start, share.hp_fragment_address.start, share.hp_fragment_address.numel)
-
-
 def pieces_of(name: str, parameter: Tensor, share: Share, moments: Mapping[str, Tensor]) -> Iterator[Piece]:
     """Yield the pieces of one weight: of itself, and of each moment. moments: float32, of the master's shape."""
     for kind, held in {"weight": share.master, **moments}.items():
@@ -80,18 +61,6 @@ def set_steps_taken(optimizer: Optimizer, updates: int) -> None:
     """Let the optimizer's bias correction go on behind so many updates."""
     for state in optimizer.state.values():
         state["step"] = torch.full_like(state["step"], updates) if isinstance(state["step"], Tensor) else updates
-
-
-def publish_masters(wrapper: Any, *, zero: int) -> None:  # noqa: ANN401 - DeepSpeed's optimizer
-    """Give the model's weights the values of their float32 masters; collective. At ZeRO 0 they are the same tensors."""
-    if zero in {1, 2}:
-        wrapper.update_lp_params()
-    elif zero == 3:
-        wrapper._partition_all_parameters()  # noqa: SLF001
-        for group in range(len(wrapper.fp16_groups)):
-            wrapper._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
-        if wrapper.persistent_parameters:  # small weights, which are whole between steps too
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:

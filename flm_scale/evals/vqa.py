@@ -157,6 +157,8 @@ def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Seque
     test_plan = plan_in_order(costs_of(test.token_ids, task), BATCH)
     steps = sum(map(len, plans))
     run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
+    if start == "random":  # the text side as if it had read nothing; the tower as pretraining had it
+        run = run.replace(text=run.text.replace(pretrained=""))
     engine = answering_engine(run, task, answer_ids=answer_ids, checkpoint=checkpoint if start == "pretrained" else None)
     writes, rank, size = engine.rank == 0, engine.data_index, engine.layout.data
     step, seconds, row = 0, 0.0, dict[str, float]()

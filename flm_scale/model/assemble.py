@@ -18,14 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
 from flm_scale.model.parts import Parts, PlainParts, fill, shard_of, whole_shape
+from flm_scale.model.pretrained import Account, PretrainedText
 from flm_scale.model.text import FusionEntry, Head, TextEntry, TextLayer
-from flm_scale.model.vision import build_vision, named_sizes
+from flm_scale.model.vision import build_vision, named_sizes, vision_account
 from flm_scale.objectives.objective import Objective
 
 # Parameters that are tables of vectors rather than matrices that multiply; like 1-d tensors they are not decayed.
 TABLES = re.compile(r"^text_entry\.|\.kinds?\.weight$|_embedding$")
 TIED_WITH = {"head.decoder.weight": "text_entry.tokens.weight"}
 FRESH_VISION = re.compile(r"^vision_exit\.(fresh_norm|projection|kind)\.")
+# The head is filled too, but reads what no file has trained: the rows behind fusion. So it learns at the full rate.
+PRETRAINED_TEXT = re.compile(r"^text_entry\.|^bottom_\d+\.streams\.")
 
 Turn = Callable[[Tensor], Tensor]
 """What one stage makes of the rows [rows, D] that come in; the last one may end with logits or scores."""
@@ -38,7 +41,7 @@ class LayerList(Protocol):
 
     layers: nn.ModuleDict
     pretrained: frozenset[str]
-    """Names, within `layers`, of weights that do not start from random; the optimizer trains them slower."""
+    """Names, within `layers`, of the weights that the optimizer trains slower (is_pretrained)."""
 
 
 def alone(rows: Tensor, turn: Turn) -> Tensor:
@@ -103,15 +106,17 @@ def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay
     return VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers), relay=relay)
 
 
-def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True,
+def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True, pretrained_text: PretrainedText | None = None,
                    weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
     """Return, in the list's order, what builds each layer with its initial weights; a process calls those of its own stage.
 
     load_pretrained: False where a run's own weights will fill the layers, so that no download is needed.
+    pretrained_text: what `text.pretrained` names, opened; needed where the run names some and its weights are to start from them.
     weight_of: gives every whole weight by name, to be filled from (model.parts.fill); then nothing is drawn or downloaded.
     """
     # The tower comes in one piece, and only where one of its layers is asked for.
     downloads = load_pretrained and weight_of is None
+    assert pretrained_text or not (downloads and run.text.pretrained), "a run that names text weights must not start from random"
     tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=run.text.width, parts=parts, load_pretrained=downloads))
     names = vision_names(run.vision)
     builders = {name: partial(lambda place: tower()[place], place) for place, name in enumerate(names)} | text_builders(run.text, objective, parts)
@@ -123,8 +128,9 @@ def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrai
                 own_name = TIED_WITH.get(weight, weight) if run.text.tied else weight
                 if weight_of is not None:
                     fill(parameter, weight_of(own_name))
-                elif not is_pretrained(run, weight) and not parameter.is_meta:
-                    initialize(parameter, name=own_name, seed=run.seed)
+                elif not parameter.is_meta and not (name in names and is_pretrained(run, weight)):
+                    values = initial_values(parameter, name=own_name, seed=run.seed)
+                    fill(parameter, pretrained_text.over(own_name, values) if pretrained_text else values)
         return layer
 
     return {name: partial(initialized, name, build) for name, build in builders.items()}
@@ -148,14 +154,33 @@ def tie(layers: Mapping[str, nn.Module]) -> None:
 
 
 def is_pretrained(run: Run, name: str) -> bool:
-    """Return whether a weight of `layers` is filled from pretrained weights."""
-    return (isinstance(run.vision, OpenClipVisionConfig) and bool(run.vision.pretrained) and name.startswith("vision_")
-            and not FRESH_VISION.search(name))
+    """Return whether a weight of `layers` counts as pretrained, which is decided by the run alone: it trains at the slower rate.
+
+    The token table does as a whole, although tokens that the file cannot spell start from random: one table has one rate.
+    """
+    if name.startswith("vision_"):
+        return isinstance(run.vision, OpenClipVisionConfig) and bool(run.vision.pretrained) and not FRESH_VISION.search(name)
+    own_name = TIED_WITH.get(name, name) if run.text.tied else name
+    return bool(run.text.pretrained) and PRETRAINED_TEXT.match(own_name) is not None
 
 
 def pretrained_names(run: Run, layers: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Return the names of the layers' pretrained weights."""
+    """Return the names of the layers' weights that count as pretrained."""
     return frozenset(name for layer in layers for name, _ in layers[layer].named_parameters(prefix=layer) if is_pretrained(run, name))
+
+
+def account_for(run: Run, objective: Objective, pretrained_text: PretrainedText | None) -> dict[str, Account]:
+    """Return, for `vision` and `text` where the run starts from a file, what became of all of it. pretrained_text: of layer_builders."""
+    accounts = {}
+    if isinstance(run.vision, OpenClipVisionConfig) and run.vision.pretrained:
+        accounts["vision"] = vision_account(run.vision, names=vision_names(run.vision), text_width=run.text.width)
+    if pretrained_text:
+        with torch.device("meta"):
+            layers = {name: build() for name, build in text_builders(run.text, objective, PlainParts()).items()}
+        if run.text.tied:
+            tie(layers)
+        accounts["text"] = pretrained_text.account([name for name, _ in nn.ModuleDict(layers).named_parameters()])
+    return accounts
 
 
 def text_builders(config: TextConfig, objective: Objective, parts: Parts) -> dict[str, Callable[[], nn.Module]]:
@@ -174,19 +199,23 @@ def text_builders(config: TextConfig, objective: Objective, parts: Parts) -> dic
 
 
 def initialize(parameter: Tensor, *, name: str, seed: int) -> None:
-    """Fill a weight: norms 1, biases 0, tables N(0, .02), matrices N(0, 1/4 of the inputs' inverse), which is .018 at 768 inputs.
+    """Fill a weight, or the piece of it that the parameter is, with its random initial values."""
+    fill(parameter, initial_values(parameter, name=name, seed=seed))
+
+
+def initial_values(parameter: Tensor, *, name: str, seed: int) -> Tensor:
+    """Return the whole of a weight: norms 1, biases 0, tables N(0, .02), matrices N(0, 1/4 of the inputs' inverse), which is .018 at 768 inputs.
 
     Drawn from a generator keyed by seed and name, so that it does not depend on the other weights, their order or the layout.
     """
-    if parameter.ndim < 2 and not name.endswith("_embedding"):
-        parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-        return
-    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     # A piece of a sharded weight is cut out of the whole one, so that every layout starts from the same weights.
     shape = whole_shape(parameter.shape, shard_of(parameter))
+    if parameter.ndim < 2 and not name.endswith("_embedding"):
+        return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
     scale = 0.02 if is_table(name, parameter) else 0.5 * math.prod(shape[1:]) ** -0.5
-    fill(parameter, torch.randn(shape, generator=generator) * scale)
+    return torch.randn(shape, generator=generator) * scale
 
 
 def is_table(name: str, parameter: Tensor) -> bool:

@@ -3,10 +3,12 @@
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
+from flm_scale.model.pretrained import Account, Fate
 
 Colour = Sequence[float]
 
@@ -157,6 +160,61 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
         for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
             module.requires_grad_(True)
     return layers
+
+
+def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str], text_width: int) -> Account:
+    """Return what becomes of every tensor of the file that `vision.pretrained` names, without reading their values. names: of the tower's layers.
+
+    open_clip loads the file, strictly and at the size of the pictures; the layers take what they run.
+    """
+    with torch.device("meta"):
+        visual = _named_tower(config, load_pretrained=False)
+        tower = _parts(visual)
+        assert tower is not None, "named_sizes refuses what is not a ViT"
+        layers = tower_layers(tower, config, PlainParts(), text_width=text_width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    known = {id(weight): f"visual.{name}" for name, weight in visual.named_parameters()}
+    # These two are copies where timm has made them.
+    known |= {id(copy): f"visual.trunk.{name}" for name, copy in (("cls_token", tower.class_embedding), ("pos_embed", tower.positional_embedding))
+              if copy is not None and id(copy) not in known}
+    weights = {f"{name}.{key}": weight for name, layer in zip(names, layers, strict=True) for key, weight in layer.named_parameters()}
+    origins: dict[str, tuple[str, ...]] = {name: (known[id(weight)],) if id(weight) in known else () for name, weight in weights.items()}
+    positions = known[id(tower.positional_embedding)]
+    used = {positions}.union(*origins.values())
+    shapes = _shapes_of(config)
+    if not used <= shapes.keys():
+        return Account(_title(config), {name: Fate("converted", "by open_clip, from another format") for name in shapes}, origins)
+    fates = {name: Fate("used") if name in used else Fate("left out", _why_left_out(name, tower, known)) for name in shapes}
+    before, now = (math.isqrt(tokens - (tower.class_embedding is not None)) for tokens in (shapes[positions][-2], len(tower.positional_embedding)))
+    if before != now:
+        fates[positions] = Fate("resized", f"{before} x {before} patches to {now} x {now}")
+    return Account(_title(config), fates, origins)
+
+
+def _title(config: OpenClipVisionConfig) -> str:
+    return f"{config.pretrained} of {config.name}"
+
+
+def _shapes_of(config: OpenClipVisionConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the pretrained file by the name that open_clip has for it."""
+    import open_clip
+    from open_clip.factory import load_state_dict
+
+    file = config.pretrained
+    if file in open_clip.list_pretrained_tags_by_model(config.name):
+        file = open_clip.download_pretrained(open_clip.get_pretrained_cfg(config.name, file))
+    if Path(file).suffix == ".npz":
+        return dict.fromkeys(np.load(file).files, ())
+    # Neither way reads values.
+    state = load_state_dict(file, device="cpu" if Path(file).suffix == ".safetensors" else "meta")
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _why_left_out(name: str, tower: Tower, known: dict[int, str]) -> str:
+    """Return the part of open_clip's model that a tensor belongs to."""
+    if name in {known[id(weight)] for weight in tower.blocks[-1].parameters()}:
+        return "last block"
+    own = name.removeprefix("visual.").removeprefix("trunk.").split(".")[0]
+    return own if name.startswith(("visual.", "logit_")) else "text tower"
 
 
 def _parts(visual: nn.Module) -> Tower | None:

@@ -143,9 +143,11 @@ def main(out: Path) -> None:
             reshard(whole, again, engine.layout if cut[2] else Layout(*cut[:2], 1), step=STEP, bounds_of=bounds_of, workers=2)
         dist.barrier()
         checkpoint = open_checkpoint(again / "checkpoints" / f"step-{STEP:06d}", full=True)
-        found["built from"] = files_read(checkpoint, lambda: build_engine(run, objective_of(run), checkpoint))  # noqa: B023 - called at once
+        built: list[Engine] = []
+        found["built from"] = files_read(checkpoint, lambda: built.append(build_engine(run, objective_of(run), checkpoint)))  # noqa: B023 - at once
+        found["resumed from"] = files_read(checkpoint, lambda: built[0].resume(checkpoint.fill, updates=STEP))  # noqa: B023 - at once
+        built.clear()
         close_groups()
-        found["resumed from"] = files_read(checkpoint, lambda: engine.resume(checkpoint.fill, updates=STEP))  # noqa: B023 - called at once
         (out / f"{run_dir.name}-rank{engine.rank}.json").write_text(json.dumps(found))
         del engine
 
