@@ -54,7 +54,7 @@ def sum_norms_once(wrapper: Any) -> None:  # noqa: ANN401 - DeepSpeed's optimize
         wrapper.model_parallel_group = None
         here = norm_of_groups(norm_type)
         wrapper.model_parallel_group = group
-        squares: Tensor = here.square()
+        squares = torch.where(here < 0, torch.inf, here.square())  # DeepSpeed's -1 stands for no number
         dist.all_reduce(squares, group=group)
         return squares.sqrt()
 
