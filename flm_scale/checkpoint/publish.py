@@ -24,7 +24,7 @@ import torch
 from flm_scale import __version__
 from flm_scale.checkpoint.card import model_card
 from flm_scale.checkpoint.reader import Checkpoint
-from flm_scale.checkpoint.store import describe, last_good, open_checkpoint
+from flm_scale.checkpoint.weights import checkpoint_at
 from flm_scale.config import Run
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import SPECIAL_PIECES, Tokenizer
@@ -45,7 +45,7 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: is there already; name a new folder, or remove it")
-    checkpoint = chosen_checkpoint(run_dir, step)
+    checkpoint = checkpoint_at(run_dir, step)
     run = Run.model_validate_json(checkpoint.run_json)
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     print(f"exports {checkpoint.folder}", flush=True)
@@ -65,17 +65,6 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(out)
-
-
-def chosen_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
-    """Return the latest good checkpoint, or that of a step, after reading all of it. Raises CheckpointError."""
-    if step is None:
-        return last_good(run_dir, full=True)
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
-    if not folder.is_dir():
-        there = ", ".join(str(listed.step) for listed in describe(run_dir)) or "none"
-        raise CheckpointError(f"--step {step}: {run_dir} has no such checkpoint; there is: {there}")
-    return open_checkpoint(folder, full=True)
 
 
 def write_weights(folder: Path, checkpoint: Checkpoint, *, dtype: str) -> None:

@@ -107,7 +107,7 @@ def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, 
     with _writing(partial):
         files = _wait_for_entries(partial, num_ranks, timeout_seconds, give_up or threading.Event())
         files["run.json"] = _write(partial / "run.json", [run_json.encode()])
-        files["state.json"] = _write(partial / "state.json", [json.dumps({"step": _step_of(final), **state}, indent=1).encode()])
+        files["state.json"] = _write(partial / "state.json", [json.dumps({"step": step_of(final), **state}, indent=1).encode()])
         for rank in range(num_ranks):
             (partial / f"{rank_name(rank)}.entry").unlink()
         _write(partial / MANIFEST, [_manifest(FORMAT, files)])
@@ -210,17 +210,17 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
     good: dict[int, Path] = {}
     for folder in folders:
         with contextlib.suppress(CheckpointError):
-            good.setdefault(_step_of(folder), open_checkpoint(folder, full=False).folder)
+            good.setdefault(step_of(folder), open_checkpoint(folder, full=False).folder)
     if not good:
         return
     oldest = list(good)[:keep_last][-1]
     with _writing(run_dir / "checkpoints"):
         _clear_trash(run_dir / "checkpoints")
         for leftover in (run_dir / "checkpoints").glob(".step-*.partial"):
-            if _step_of(leftover) <= max(good):
+            if step_of(leftover) <= max(good):
                 _discard(leftover)
         for folder in folders:
-            step = _step_of(folder)
+            step = step_of(folder)
             is_old = step < oldest and not (keep_every and step % keep_every == 0)
             if is_old or good.get(step, folder) != folder:
                 _discard(folder)
@@ -234,7 +234,7 @@ def set_aside(run_dir: Path, *, after: int) -> list[Path]:
     moved = []
     with _writing(run_dir / "checkpoints"):
         for folder in folders_of(run_dir):
-            if _step_of(folder) > after:
+            if step_of(folder) > after:
                 aside = folder.with_name(f"superseded-{folder.name.lstrip('.')}")
                 _discard(aside)
                 moved.append(folder.rename(aside))
@@ -252,7 +252,7 @@ def describe(run_dir: Path) -> list[Listed]:
             problem = str(error)
         with contextlib.suppress(FileNotFoundError):  # a newer one has taken its place meanwhile
             num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-            rows.append(Listed(_step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
+            rows.append(Listed(step_of(folder), num_bytes, layout, time.time() - folder.stat().st_mtime, problem))
     return rows
 
 
@@ -348,10 +348,11 @@ def folders_of(run_dir: Path) -> list[Path]:
     """Return the folders that should be whole checkpoints, newest first; of one step the replaced one last, which a crash may have left."""
     found = [*(run_dir / "checkpoints").glob("step-*"), *(run_dir / "checkpoints").glob(".step-*.replaced")]
     return sorted((path for path in found if path.is_dir() and re.fullmatch(r"step-\d+|\.step-\d+\.replaced", path.name)),
-                  key=lambda path: (-_step_of(path), path.name.startswith(".")))
+                  key=lambda path: (-step_of(path), path.name.startswith(".")))
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.lstrip(".").removeprefix("step-").partition(".")[0])
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of
-from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint, open_together
+from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint, open_together, step_of
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
@@ -142,7 +142,7 @@ def checkpoint_at(path: Path, step: int | None = None) -> Checkpoint:
 
 def steps_in(run_dir: Path) -> str:
     """Return the steps of a run's checkpoints, newest first, for a message."""
-    return ", ".join(folder.name.removeprefix("step-").lstrip("0") for folder in folders_of(run_dir)) or "none yet"
+    return ", ".join(str(step_of(folder)) for folder in folders_of(run_dir)) or "none yet"
 
 
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:
