@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
 from flm_scale.errors import DataError
 
@@ -119,9 +119,7 @@ class Index:
     """The columns of one split, in shard order; pictures are read by offset. Cheap to send to the loader's processes."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        """Read the split's parquet files."""
-        from pyarrow import parquet
-
+        """Read the split's parquet files. Raises DataError when one is no index of ours."""
         self._paths = [folder / shard.name for shard in shards]
         self._open_files: dict[int, int] = {}
         self.keys: list[str] = []
@@ -131,7 +129,7 @@ class Index:
         self.concepts: list[str] = []
         self._places: list[tuple[int, int, int, str]] = []  # shard, offset, bytes, sha256
         for number, shard in enumerate(shards):
-            table = parquet.read_table(folder / shard.index_name).to_pydict()
+            table = _read_index(folder, shard)
             self.keys += table["key"]
             self.captions += table["captions"]
             self.questions += table["questions"]
@@ -287,26 +285,36 @@ def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
                      "concept": sample.concept, "width": sample.width, "height": sample.height, "sha256": sha256, **sample.extras}
             writer.write({"__key__": sample.key, sample.image_format: sample.image, "txt": (sample.captions or [""])[0].encode(),
                           "json": json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()})
-    with tarfile.open(tar_part, "r:") as written:  # offsets are read back, not calculated
-        places = [(member.offset_data, member.size) for member in written if member.name.endswith((".png", ".jpg"))]
-    texts = pa.list_(pa.string())
-    columns = {
-        "key": pa.array([sample.key for sample in samples], pa.string()),
-        "captions": pa.array([sample.captions for sample in samples], texts),
-        "questions": pa.array([sample.questions for sample in samples], texts),
-        "answers": pa.array([sample.answers for sample in samples], texts),
-        "concept": pa.array([sample.concept for sample in samples], pa.string()),
-        "image_offset": pa.array([offset for offset, _ in places], pa.int64()),
-        "image_bytes": pa.array([size for _, size in places], pa.int64()),
-        "sha256": pa.array(hashes, pa.string()),
-        "width": pa.array([sample.width for sample in samples], pa.int32()),
-        "height": pa.array([sample.height for sample in samples], pa.int32()),
-    }
-    parquet.write_table(pa.table(columns), index_part)
+    pictures = [member for member in list_members(tar_part) if member.extension in {"png", "jpg"}]  # places are read back, not calculated
+    rows = [vars(sample) | {"image_offset": picture.offset, "image_bytes": picture.size, "sha256": sha256}
+            for sample, picture, sha256 in zip(samples, pictures, hashes, strict=True)]
+    parquet.write_table(pa.Table.from_pylist(rows, schema=_index_schema()), index_part)
     tar_part.replace(tar)
     index_part.replace(index)
     return Shard(name=name, count=len(samples), bytes=tar.stat().st_size, sha256=_file_sha256(tar),
                  index_bytes=index.stat().st_size, index_sha256=_file_sha256(index))
+
+
+def _index_schema() -> object:
+    import pyarrow as pa
+
+    text, texts, place, side = pa.string(), pa.list_(pa.string()), pa.int64(), pa.int32()
+    return pa.schema([("key", text), ("captions", texts), ("questions", texts), ("answers", texts), ("concept", text), ("image_offset", place),
+                      ("image_bytes", place), ("sha256", text), ("width", side), ("height", side)])
+
+
+def _read_index(folder: Path, shard: Shard) -> dict[str, list[Any]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(folder / shard.index_name) as file:
+            if file.schema_arrow.equals(_index_schema()) and file.metadata.num_rows == shard.count:
+                return dict(file.read().to_pydict())
+        problem = f"it does not hold the columns of {shard.count} samples"
+    except (pa.ArrowException, OSError, ValueError) as error:
+        problem = str(error).partition("\n")[0]
+    raise DataError(f"index {shard.index_name} of {folder} cannot be read ({problem}); build the dataset again or restore the file")
 
 
 def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str = "") -> Dataset:
@@ -332,8 +340,22 @@ def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str =
 
 
 def verify(dataset: Dataset) -> list[str]:
-    """Read every byte; return one line for each file that is not what the manifest states."""
-    return list(_problems(dataset, hashes=True))
+    """Read every byte; return one line for each file that is not what the manifest states, or else for each tar that is not what its index states."""
+    if problems := list(_problems(dataset, hashes=True)):
+        return problems
+    return [line for split in dataset.manifest.splits.values() for shard in split.shards if (line := _contradiction(dataset.folder, shard))]
+
+
+def _contradiction(folder: Path, shard: Shard) -> str:
+    """Hashes say that files are as their author left them, not that they are a shard and its index."""
+    try:
+        members = list_members(folder / shard.name, expected_bytes=shard.bytes, expected_count=shard.count)
+        held = [(member.key, member.offset, member.size) for member in members if member.extension in {"png", "jpg"}]
+        index = _read_index(folder, shard)
+    except DataError as error:
+        return str(error)
+    stated = list(zip(index["key"], index["image_offset"], index["image_bytes"], strict=True))
+    return "" if held == stated else f"shard {shard.name} holds other keys or places than its index states"
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -1,5 +1,6 @@
 """Datasets on disk: the same bytes every time, and damage of any kind named in one line."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from flm_scale.data import shards
 from flm_scale.data.shards import Dataset, Index, Sample, open_dataset, verify, write_dataset
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import DataError
+from tests.data.hostile import END, member, shard
 
 
 def sample(number: int, **changes: object) -> Sample:
@@ -172,6 +174,54 @@ def test_large_dataset_opens_by_sizes_and_verify_reads_every_byte(dataset: Datas
     flip(dataset.folder / "train/00000.tar", 700)
     flip(dataset.folder / "val/00000.tar", 700)
     assert [problem.split()[1] for problem in verify(open_dataset(dataset.folder))] == ["train/00000.tar", "val/00000.tar"]
+
+
+def reseal(dataset: Dataset, **changes: bytes) -> Dataset:
+    """The dataset as an author would hand it over who puts other bytes in: with every size and hash right."""
+    name = "val/00000.tar"
+    for suffix, content in changes.items():
+        file = (dataset.folder / name).with_suffix(f".{suffix}")
+        file.chmod(0o644)
+        file.write_bytes(content)
+    tar, index = ((dataset.folder / name).with_suffix(suffix) for suffix in (".tar", ".parquet"))
+    val = dataset.manifest.splits["val"]
+    shard = val.shards[0].model_copy(update={
+        "bytes": tar.stat().st_size, "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
+        "index_bytes": index.stat().st_size, "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()})
+    splits = dataset.manifest.splits | {"val": val.model_copy(update={"shards": [shard]})}
+    dataset.manifest.model_copy(update={"splits": splits}).write(dataset.folder)
+    return open_dataset(dataset.folder)
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (shard(), "2 samples; 1 are expected"), (member("0.pkl") + END, "may run code"), (member("0.png") + END, "other keys or places"),
+    (gzip.compress(shard()), "compressed"), (member("00000025.png"), "two zero blocks"),
+], ids=["count", "pickle", "key", "gzip", "cut"])
+def test_verify_names_a_tar_that_is_no_shard_whatever_its_hash(dataset: Dataset, content: bytes, problem: str) -> None:
+    (line,) = verify(reseal(dataset, tar=content))
+    assert problem in line
+    assert "val/00000.tar" in line
+
+
+@pytest.mark.parametrize("change", ["rows", "columns", "types", "footer", "cut", "no parquet"])
+def test_index_that_lies_is_a_data_error_whatever_its_hash(dataset: Dataset, change: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = dataset.folder / "val/00000.parquet"
+    whole, table, buffer = file.read_bytes(), parquet.read_table(file), pa.BufferOutputStream()
+    changed = {"rows": lambda: pa.concat_tables([table, table]), "columns": lambda: table.drop_columns(["captions"]),
+               "types": lambda: table.set_column(1, "captions", pa.array([7]))}
+    if change in changed:
+        parquet.write_table(changed[change](), buffer)
+        content = buffer.getvalue().to_pybytes()
+    else:
+        content = {"footer": whole[:-8] + b"\xff\xff\xff\x7fPAR1", "cut": whole[:len(whole) // 2], "no parquet": b"PAR1"}[change]
+    opened = reseal(dataset, parquet=content)
+    with pytest.raises(DataError, match=r"index val/00000\.parquet of .* cannot be read") as caught:
+        opened.index("val")
+    assert "\n" not in str(caught.value)
+    assert verify(opened) == [str(caught.value)]
 
 
 def test_all_problems_are_counted(dataset: Dataset) -> None:
