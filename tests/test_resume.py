@@ -34,7 +34,8 @@ def arguments(dataset: Dataset, run_dir: Path, *more: str, steps: int = 6) -> li
 
 def course(run_dir: Path) -> list[dict]:
     """All that a run recorded, but for what a clock says."""
-    return [{name: value for name, value in line.items() if not any(part in name for part in CHANGING)} for line in lines_of(run_dir)]
+    return [{name: value for name, value in line.items() if not any(part in name for part in CHANGING)} for line in lines_of(run_dir)
+            if "save_wait_s" not in line]
 
 
 def state_at(run_dir: Path, step: int) -> bytes:

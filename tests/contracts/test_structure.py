@@ -40,11 +40,12 @@ LAYERS = [
 DOORS = {
     "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/fleet.py", "webdataset": "data/shards.py",
     "open_clip": "model/vision.py", "timm": "model/vision.py", "sentencepiece": "data/tokens.py", "transformers": "export.py",
+    "aiohttp": "data/fetch.py",
 }
 # Goes beside exported weights and runs without the rest of the package, so it can use no other file's door.
 ALONE = "export.py"
 # Doors that need their library for every line: nobody imports them but inside a function.
-LAZY = {"engine/deepspeed.py", "parallel/tensor.py", ALONE}
+LAZY = {"engine/deepspeed.py", "parallel/tensor.py", "data/fetch.py", ALONE}
 LONG_FILES = {ALONE: "transformers copies and runs one file, so config, model and picture processor are all in it"}
 LONG_FUNCTIONS: dict[str, str] = {}
 
