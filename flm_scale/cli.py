@@ -127,7 +127,7 @@ def checkpoint_verify(run_dir: RunDir) -> None:
     """Read every file of every checkpoint of a run and compare it with its manifest.
 
     Args:
-        run_dir: of a run.
+        run_dir: of a run; or a checkpoint's folder.
     """
     from flm_scale.checkpoint.show import verify_checkpoints
 
@@ -238,6 +238,9 @@ def _dispatch(words: list[str]) -> None:
             _parse(VERBS[verb], words[size:], prog=f"flm {' '.join(verb)}")
             return
     groups = {verb[0] for verb in VERBS}
+    if words[0] in groups and words[1:] in ([], ["-h"], ["--help"]):
+        print(f"usage: flm {words[0]} COMMAND ...\n\n" + "\n".join(_verb_lines(words[0])) + f"\n\nflm {words[0]} COMMAND --help tells more.")
+        return
     if words[0] in groups:
         choices = [" ".join(verb) for verb in VERBS if verb[0] == words[0]]
         raise ConfigError(f"flm {' '.join(words[:2])}: no such command; there is: {', '.join(choices)}")
@@ -246,7 +249,7 @@ def _dispatch(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     if not words or words[0] in {"-h", "--help"}:
-        print("usage: flm train RECIPE [--run-dir DIR] [--overwrite | --resume] [--group.key VALUE ...]\n\n"
+        print("usage: flm train RECIPE [--run-dir DIR] [--overwrite | --resume | --requeued] [--group.key VALUE ...]\n\n"
               "Train a recipe: alone, or in every process of torchrun, deepspeed or srun.\n\nrecipes:\n"
               f"{_recipe_lines()}\n\nflm train RECIPE --help lists every value and its default.")
         return
@@ -363,7 +366,11 @@ def _run_of(recipe: str) -> Run:
     return read_run(Path(recipe))
 
 
+def _verb_lines(group: str = "") -> list[str]:
+    return [f"  flm {' '.join(verb):19}{_first_line(function)}" for verb, function in VERBS.items() if verb[0].startswith(group)]
+
+
 def _overview() -> str:
-    lines = [f"  flm {' '.join(verb):19}{_first_line(function)}" for verb, function in VERBS.items()]
+    lines = _verb_lines()
     lines += [f"  flm {'train':19}Train a recipe.", f"  flm {'plan':19}Say what a run needs on so many GPUs."]
     return "usage: flm [--debug] COMMAND ...\n\nPretrain vision-language models.\n\n" + "\n".join(lines) + "\n\nflm COMMAND --help tells more."

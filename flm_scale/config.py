@@ -245,6 +245,12 @@ class BadStepConfig(Section):
     spike_factor: float = Field(0.0, ge=0)
     """A loss that is so many times the median of the last 100 good steps is a spike; 0 looks for none."""
 
+    @model_validator(mode="after")
+    def _a_usual_loss_is_no_spike(self) -> Self:
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError(f"bad_step.spike_factor ({self.spike_factor}) must be above 1, or 0 to look for no spikes")
+        return self
+
 
 class LogConfig(Section):
     """How often a run speaks, validates and saves, in steps; 0 turns one off. Saving also happens at the end."""
@@ -257,9 +263,17 @@ class LogConfig(Section):
     keep_every_steps: int = Field(0, ge=0)
     """Those of every so many steps stay for good."""
     stall_timeout: float = Field(600.0, ge=0)
-    """Seconds after which a job that gets nowhere ends and names the rank at fault: well above the longest step, save or validation batch."""
+    """Seconds after which a job that gets nowhere ends and names the rank at fault: well above the longest step, save (also one
+    in the background) or validation batch."""
     peak_tflops: float = Field(0.0, ge=0)
     """Peak of one device for the model FLOPs utilisation; 0 looks it up, or measures it on a CPU."""
+
+    @model_validator(mode="after")
+    def _kept_steps_are_saved(self) -> Self:
+        if self.keep_every_steps and (not self.save_every_steps or self.keep_every_steps % self.save_every_steps):
+            raise ConfigError(f"log.keep_every_steps ({self.keep_every_steps}) must be a multiple of log.save_every_steps ({self.save_every_steps}), "
+                              "or steps that are to stay would not be saved")
+        return self
 
 
 Objective = Annotated[FlmConfig | MlmConfig | ArConfig | PrefixLmConfig, Field(discriminator="kind")]

@@ -29,6 +29,10 @@ class Guard:
         """The last good steps' losses, which a spike is told by."""
         return list(self._losses)
 
+    def go_back(self, losses: Sequence[float]) -> None:
+        """Tell spikes by the losses of earlier weights, which the run has taken up again."""
+        self._losses = deque(losses, maxlen=SPIKE_WINDOW)
+
     def takes(self, loss: float) -> bool:
         """Return whether a step with this loss is good, as far as its loss tells."""
         return math.isfinite(loss) and loss <= self._limit

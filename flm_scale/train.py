@@ -7,7 +7,6 @@ is due validate and save. Every process of the launcher runs this same code; one
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -18,21 +17,21 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.reader import Checkpoint
 from flm_scale.checkpoint.saver import Saver
-from flm_scale.checkpoint.store import folders_of, last_good, set_aside
+from flm_scale.checkpoint.store import folders_of, last_good_together
 from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
 from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
-from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError
+from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError, ToldElsewhereError, UserError
 from flm_scale.guard import Guard
 from flm_scale.model.assemble import account_for, assemble, layer_builders
 from flm_scale.model.parts import PlainParts
@@ -46,11 +45,14 @@ from flm_scale.observe.progress import Progress
 from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
 from flm_scale.parallel.mesh import find_layout, find_ranks
-from flm_scale.parallel.processes import any_rank, gather, meet, together
+from flm_scale.parallel.processes import any_rank, gather, meet, place, together
 from flm_scale.parallel.replica import ReplicaLoader
+from flm_scale.run_dir import append_lines, is_of_this_job, open_run_dir
 
 SHARE_IS_MEANINGFUL_FROM = 1000
 """Pictures read before their bad share is judged; until then the count is judged as if so many had been read."""
+ONE_DAY = 86400.0
+"""Seconds that ranks wait for each other where no stall ends the job sooner."""
 BAD_STEPS_IN_A_ROW = 10
 """Skipped or rolled back, before the run ends all the same: something is wrong that passing over samples does not mend."""
 
@@ -75,9 +77,11 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
                         "--log.validation-split, or --log.validate-every-steps 0")
     if resume is not None and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them")
-    meet()
-    if requeued:
+    meet(patience_seconds=2 * run.log.stall_timeout or ONE_DAY)
+    if requeued and gather(is_of_this_job(run_dir))[0]:
         resume, overwrite = ("latest", False) if gather(folders_of(run_dir))[0] else (resume, True)
+        if resume == "latest" and is_finished(run, run_dir):
+            return
     checkpoint = together(lambda: find_checkpoint(run_dir, resume, run)) if resume is not None else None
     reads_text = run.text.pretrained and not checkpoint
     pretrained_text = together(lambda: PretrainedText(run.text, tokenizer.pieces(range(tokenizer.vocab_size)))) if reads_text else None
@@ -98,6 +102,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     # The recorder comes first: its live line belongs on the console and not into the log.
     with closing(Recorder(run, run_dir, engine, checkpoint)) as recorder, rank_log(run_dir, rank=ranks.rank) as log, \
             Heartbeat(run_dir, rank=ranks.rank, size=ranks.size, timeout_seconds=run.log.stall_timeout, log=log) as heartbeat, \
+            sigterm_asks() as asked, \
             closing(Saver(run_dir, device=engine.device, keep_last=run.log.keep_last, keep_every=run.log.keep_every_steps,
                           timeout_seconds=run.log.stall_timeout or math.inf)) as saver:
         recorder.start()
@@ -105,7 +110,15 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
             announce(run, run_dir, dataset, engine, checkpoint)
             if not checkpoint:
                 write_accounts(run_dir, account_for(run, objective, pretrained_text))
-        Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go()
+        Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go(asked)
+
+
+def is_finished(run: Run, run_dir: Path) -> bool:
+    """Return whether the run's last step is saved, and say so; collective."""
+    finished = last_good_together(run_dir).step >= run.steps
+    if finished and place()[0] == 0:
+        print(f"flm: {run_dir} has all its {run.steps} steps; nothing is left to do", file=sys.stderr)
+    return finished
 
 
 def go_on(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -135,20 +148,19 @@ class Training:
         self.first_step, self.updates = state["step"], state["updates"]
         self.guard = Guard(spike_factor=self.run.bad_step.spike_factor, losses=state["losses"])
 
-    def go(self) -> None:
-        """Take every step of the run behind the first ones, or those until SIGTERM."""
-        with sigterm_asks() as asked:
-            for step in range(self.first_step, self.run.steps):
-                self._step(step)
-                stops = any_rank(asked.is_set(), self.engine.device)  # a signal reaches them at different moments
-                if due(self.run.log.validate_every_steps, step + 1, self.run.steps) and not stops:
-                    self._validate(step)
-                if due(self.run.log.save_every_steps, step + 1, step + 1 if stops else self.run.steps, always_last=True):
-                    self._save(step, is_last=stops or step + 1 == self.run.steps)
-                if stops:
-                    if self.engine.rank == 0:
-                        print(f"flm: stopped by SIGTERM after step {step + 1} of {self.run.steps}, saved; --resume goes on", file=sys.stderr)
-                    return
+    def go(self, asked: threading.Event) -> None:
+        """Take every step of the run behind the first ones, or those until it is asked to stop."""
+        for step in range(self.first_step, self.run.steps):
+            self._step(step)
+            stops = any_rank(asked.is_set(), self.engine.device)  # a signal reaches them at different moments
+            if due(self.run.log.validate_every_steps, step + 1, self.run.steps) and not stops:
+                self._validate(step)
+            if due(self.run.log.save_every_steps, step + 1, step + 1 if stops else self.run.steps, always_last=True):
+                self._save(step, is_last=stops or step + 1 == self.run.steps)
+            if stops:
+                if self.engine.rank == 0:
+                    print(f"flm: stopped by SIGTERM after step {step + 1} of {self.run.steps}, saved; --resume goes on", file=sys.stderr)
+                return
 
     def _step(self, step: int) -> None:
         started = time.perf_counter()
@@ -156,7 +168,10 @@ class Training:
         batches = self.loader.next_step()
         waited = time.perf_counter() - started
         self.heartbeat.beat(step + 1, "train")
-        self.recorder.count(batches)
+        try:
+            self.recorder.count(batches)
+        except DataError as error:  # on all ranks, because they count together
+            self._end(error)
         result = self.engine.train_step(batches, step=step, takes=self.guard.takes)
         values = {"loss": result.loss, **part_values(self.objective, result.sums), "grad_norm": result.grad_norm, "lr": result.lr}
         self.recorder.step(step + 1, values | ({} if result.is_taken else {"skipped": 1.0}), seconds=time.perf_counter() - started, waited=waited)
@@ -173,26 +188,34 @@ class Training:
             self.heartbeat.beat(step + 1, "save")
             self.saver.finish()
             try:
-                good = last_good(self.run_dir, full=True, together=True)
-            except CheckpointError as error:
-                raise BadStepError(f"{where}; and there is nothing to roll back to: {error}") from error
-            self.engine.resume(good.fill, updates=good.state["updates"])
-            first_lost, self.updates = good.step, good.state["updates"]
+                good: Checkpoint | None = last_good_together(self.run_dir)
+            except CheckpointError:
+                good = self.checkpoint
+            if good:
+                self.engine.resume(good.fill, updates=good.state["updates"])
+                self.guard.go_back(good.state["losses"])
+                first_lost, self.updates = good.step, good.state["updates"]
+            else:
+                where, ends = f"{where}, and there is no checkpoint yet to roll back to", True
         if self.engine.rank == 0:
             lost = range(first_lost + 1, step + 2)
             lines = [{"step": number, "problem": problem if number == step + 1 else "", "policy": policy, "keys": keys}
                      for number, keys in zip(lost, self.loader.keys_of_last(len(lost)), strict=True)]
-            with (self.run_dir / "bad_steps.jsonl").open("a") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in lines)
+            append_lines(self.run_dir / "bad_steps.jsonl", lines)
         keys = f"sample keys are in {self.run_dir / 'bad_steps.jsonl'}"
         if ends:
-            how = "" if policy == "stop" else f" ({self.guard.in_a_row} bad steps in a row)"
-            raise BadStepError(f"{where}; weights are as they were before it{how}; {keys}; look at these, lower optim.lr, raise warmup_steps, or "
-                               "pass over such steps with --bad-step.policy skip or roll_back")
+            how = f" ({self.guard.in_a_row} bad steps in a row)" if self.guard.in_a_row > BAD_STEPS_IN_A_ROW else ""
+            self._end(BadStepError(f"{where}; weights are as they were before it{how}; {keys}; look at these, lower optim.lr, raise warmup_steps, "
+                                   "or pass over such steps with --bad-step.policy skip or roll_back"))
         if self.engine.rank == 0:
             done = ("the update is skipped" if policy == "skip" else
                     f"goes on with the weights of step {first_lost} and passes over the samples of steps {first_lost + 1} to {step + 1}")
             print(f"flm: {where}; {done}; {keys}", file=sys.stderr)
+
+    def _end(self, error: UserError) -> NoReturn:
+        """Raise what all ranks have met, on rank 0 to be said; what is being saved is saved first, before a launcher ends those that wait."""
+        self.saver.finish()
+        raise ToldElsewhereError(str(error)) if self.engine.rank else error
 
     def _validate(self, step: int) -> None:
         sums = self.engine.evaluate(self.heartbeat.along(step + 1, "validate", self.loader.one_pass()))
@@ -211,8 +234,8 @@ class Training:
         self.saver.save(step=step + 1, pieces=self.engine.saved_pieces(), rank_state=random_state(), run_json=self.run.model_dump_json(indent=2),
                         state=state)
         if is_last and not self.saver.finish():
-            raise CheckpointError(f"{self.run_dir}: the last step, {step + 1}, could not be saved; make room and add --resume to train on from the "
-                                  "checkpoint before it")
+            self._end(CheckpointError(f"{self.run_dir}: the last step, {step + 1}, could not be saved; make room and add --resume to train on from "
+                                      "the checkpoint before it"))
         self.recorder.saved(step + 1, seconds=time.perf_counter() - started)
 
 
@@ -241,30 +264,6 @@ def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
         raise ConfigError(f"text.vocab_size ({run.text.vocab_size}) must be at least the tokenizer's {tokenizer.vocab_size}; "
                           f"add --text.vocab-size {tokenizer.vocab_size}")
     return run.replace(data=run.data.replace(manifest_hash=dataset.root, tokenizer_hash=tokenizer.fingerprint))
-
-
-def open_run_dir(run_dir: Path, run: Run, checkpoint: Checkpoint | None, *, overwrite: bool) -> None:
-    """Make the run directory and write run.json. Raises ConfigError when another run is there, unless it may be replaced.
-
-    A run that goes on behind one of its own checkpoints sets later ones aside: they are of another course than the one it takes now.
-    """
-    if checkpoint and checkpoint.folder.parent.resolve() == (run_dir / "checkpoints").resolve():
-        for moved in set_aside(run_dir, after=checkpoint.step):
-            print(f"flm: {moved} is of the course before; it is not resumed from any more", file=sys.stderr)
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        if not (run_dir / "run.json").is_file():
-            raise ConfigError(f"{run_dir} is not empty and not a run; choose another --run-dir")
-        if not overwrite:
-            raise ConfigError(f"{run_dir} already holds a run; choose another --run-dir, or add --resume to go on with it, --overwrite to replace it")
-        for path in run_dir.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != "run.json":  # by which a start after a kill on the way knows what it may replace
-                path.unlink()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    part = run_dir / "run.json.part"
-    part.write_text(run.model_dump_json(indent=2) + "\n")
-    part.replace(run_dir / "run.json")
 
 
 def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedText | None = None) -> Engine:

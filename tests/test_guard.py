@@ -37,6 +37,8 @@ def test_a_spike_is_told_by_the_usual_loss_and_only_where_it_is_looked_for() -> 
     assert blind.takes(1e9)
     assert not blind.takes(math.nan)
     assert not Guard(spike_factor=3.0, losses=watchful.losses).takes(7.0)
+    watchful.go_back([4.0] * SPIKE_HISTORY)
+    assert watchful.takes(7.0)
 
 
 def test_bad_steps_in_a_row_are_counted_until_a_good_one() -> None:
@@ -121,7 +123,8 @@ def test_rolling_back_without_a_checkpoint_ends_the_run(toy_dataset: Dataset, tm
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     nan_at(2)
     assert main(arguments(toy_dataset, tmp_path / "run", "--bad-step.policy", "roll_back")) == 2
-    assert "flm: step 2: loss is nan; and there is nothing to roll back to" in capsys.readouterr().err
+    assert "flm: step 2: loss is nan, and there is no checkpoint yet to roll back to; weights are as they were" in capsys.readouterr().err
+    assert [record["step"] for record in records(tmp_path / "run")] == [2]
 
 
 def test_a_run_that_only_meets_bad_steps_ends_whatever_the_policy(toy_dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,24 @@ def test_each_process_gets_its_generator_back(broken: Path, toy_dataset: Dataset
 
 def test_rate_length_and_engine_may_change(broken: Path, toy_dataset: Dataset) -> None:
     assert main(arguments(toy_dataset, broken, "--resume", "--optim.lr", "1e-4", steps=8)) == 0
+    assert json.loads((broken / "changes.jsonl").read_text()) == {"step": 4, "changes": {"steps": [6, 8], "optim.lr": [0.01, 0.0001]}}
     assert [line["step"] for line in lines_of(broken) if "loss" in line] == list(range(1, 9))
+
+
+def test_a_job_that_is_queued_again_behind_its_last_step_has_nothing_to_do(unbroken: Path, toy_dataset: Dataset,
+                                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(toy_dataset, unbroken, "--requeued")) == 0
+    assert "has all its 6 steps; nothing is left to do" in capsys.readouterr().err
+
+
+def test_a_job_leaves_what_another_job_wrote(broken: Path, toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first start ended before it had a run of its own: then the command means what it says."""
+    before = course(broken)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main(arguments(toy_dataset, broken, "--requeued")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert course(broken) == before
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(unbroken: Path, toy_dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

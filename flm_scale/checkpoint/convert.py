@@ -46,10 +46,14 @@ def reshard(source: Path, out: Path, layout: Layout, *, step: int | None, bounds
         _write(checkpoint, partial, ranks, workers=workers)
         folder = commit(partial, num_ranks=layout.size, run_json=checkpoint.run_json, timeout_seconds=60, state=checkpoint.state | {
             "layout": f"tensor {layout.tensor}, pipe {layout.pipe}, data {layout.data}, resharded"})
-        (out / "run.json").write_text(checkpoint.run_json + "\n")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    try:
+        (out / "run.json").write_text(checkpoint.run_json + "\n")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror}); nothing is left there; make room") from error
     return folder
 
 

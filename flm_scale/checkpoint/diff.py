@@ -11,8 +11,8 @@ from flm_scale.checkpoint.reader import Checkpoint, first_of
 from flm_scale.checkpoint.weights import checkpoint_at, flat_values
 
 LARGEST_SHOWN = 10
-HOW_WRITTEN = ("layout", "versions")
-"""Values of state.json that say how a checkpoint was written, not what is in it."""
+HOW_WRITTEN = ("layout", "versions", "parallel", "log", "data.workers")
+"""Values, of the run and of state.json, that say how a checkpoint was written and not what is in it."""
 
 
 class Difference(NamedTuple):
@@ -34,22 +34,22 @@ def diff_checkpoints(first: Path, second: Path) -> bool:
     one, other = checkpoint_at(first), checkpoint_at(second)
     print(f"{one.folder}  and  {other.folder}")
     same = _diff_values("run", json.loads(one.run_json), json.loads(other.run_json))
-    written, held = ([{key: value for key, value in checkpoint.state.items() if (key in HOW_WRITTEN) == how} for checkpoint in (one, other)]
-                     for how in (True, False))
-    _diff_values("written", *written)
-    same &= _diff_values("state", *held)
+    same &= _diff_values("state", one.state, other.state)
     for kind in sorted({*one.kinds, *other.kinds}, key=[*one.kinds, *other.kinds].index):
         same &= _diff_kind(kind, one, other)
     return same
 
 
 def _diff_values(what: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Print the values that are not alike, and return whether all are."""
+    """Print the values that are not alike, and return whether all are that say what is in a checkpoint."""
     here, there = flat_values(one), flat_values(other)
-    differ = [path for path in {**here, **there} if here.get(path) != there.get(path)]
-    for path in differ:
-        print(f"{what:8} {path}: {here.get(path, 'absent')} and {there.get(path, 'absent')}")
-    return not differ
+    same = True
+    for path in {**here, **there}:
+        if here.get(path) != there.get(path):
+            how = f"{path}.".startswith(tuple(f"{written}." for written in HOW_WRITTEN))
+            print(f"{'written' if how else what:8} {path}: {here.get(path, 'absent')} and {there.get(path, 'absent')}")
+            same &= how
+    return same
 
 
 def _diff_kind(kind: str, one: Checkpoint, other: Checkpoint) -> bool:

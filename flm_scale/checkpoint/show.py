@@ -22,7 +22,7 @@ def list_checkpoints(run_dir: Path) -> None:
 
 def verify_checkpoints(run_dir: Path) -> None:
     """Print a line a checkpoint. Raises CheckpointError that names the damaged ones, or when there is none."""
-    folders, damaged = folders_of(run_dir), []
+    folders, damaged = [run_dir] if (run_dir / "manifest.json").is_file() else folders_of(run_dir), []
     if not folders:
         raise no_checkpoint(run_dir)
     for folder in folders:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b, file_digest
+from itertools import chain, count
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -121,9 +122,7 @@ def commit(partial: Path, *, num_ranks: int, run_json: str, state: Mapping[str, 
     # It is committed. What follows is for people, and for the next save to do.
     with contextlib.suppress(OSError):
         _discard(replaced)
-        _write(final.with_name(f".{LATEST}"), [final.name.encode()])
-        final.with_name(f".{LATEST}").replace(final.with_name(LATEST))
-        _flush_folder(final.parent)
+        _point_at(final, final.parent)
     return final
 
 
@@ -160,36 +159,45 @@ def open_together(folder: Path) -> Checkpoint:
 
     Raises on all of them CheckpointError when it is missing or damaged, and ConfigError when not all processes see the same.
     """
-    problems = gather(_what_is_wrong(folder, full=False))
+    problems = gather(_opened(folder, full=False)[1])
     if any(problems) and not all(problems):
         rank, problem = next((rank, problem) for rank, problem in enumerate(problems) if problem)
         raise ConfigError(f"rank {rank} does not see what others see: {problem.removesuffix(USE_ANOTHER)}; is the run directory on a disk that all "
                           "nodes share? name an older step with --resume STEP to leave this one out")
-    for problem in [*problems, *gather(problems[0] or _what_is_wrong(folder, full=True))]:
-        if problem:
-            raise CheckpointError(problem)
-    return open_checkpoint(folder, full=False)
+    checkpoint, problem = (None, problems[0]) if problems[0] else _opened(folder, full=True)
+    for found in gather(problem):
+        if found:
+            raise CheckpointError(found)
+    assert checkpoint is not None
+    return checkpoint
 
 
-def _what_is_wrong(folder: Path, *, full: bool) -> str:
+def _opened(folder: Path, *, full: bool) -> tuple[Checkpoint | None, str]:
+    """Return the checkpoint, or what is wrong with it."""
     try:
-        open_checkpoint(folder, full=full, share=place())
+        return open_checkpoint(folder, full=full, share=place()), ""
     except CheckpointError as error:
-        return str(error)
-    return ""
+        return None, str(error)
 
 
-def last_good(run_dir: Path, *, full: bool, together: bool = False) -> Checkpoint:
-    """Return the newest checkpoint that is whole, with `full` after reading all of it.
+def last_good(run_dir: Path, *, full: bool) -> Checkpoint:
+    """Return the newest checkpoint that is whole, with `full` after reading all of it. Says on standard error which newer ones were passed over.
 
-    together: collective; the processes read it between them and all return the same one.
-    Rank 0 says on standard error which newer ones were passed over.
     Raises CheckpointError when there is none, or none that is good: nothing may start from random then.
     """
-    folders = max(gather(folders_of(run_dir)), key=len) if together else folders_of(run_dir)
+    return _newest(run_dir, folders_of(run_dir), lambda folder: open_checkpoint(folder, full=full))
+
+
+def last_good_together(run_dir: Path) -> Checkpoint:
+    """last_good of processes that have met, which read it between them and all return the same one; collective. Rank 0 speaks."""
+    # The longest list is the one of whoever sees most; what others do not see, open_together says.
+    return _newest(run_dir, max(gather(folders_of(run_dir)), key=len), open_together)
+
+
+def _newest(run_dir: Path, folders: Sequence[Path], open_one: Callable[[Path], Checkpoint]) -> Checkpoint:
     for folder in folders:
         try:
-            return open_together(folder) if together else open_checkpoint(folder, full=full)
+            return open_one(folder)
         except CheckpointError as error:
             if find_ranks(os.environ)[0].rank == 0:
                 print(f"flm: passed over {error}", file=sys.stderr, flush=True)
@@ -235,9 +243,11 @@ def set_aside(run_dir: Path, *, after: int) -> list[Path]:
     with _writing(run_dir / "checkpoints"):
         for folder in folders_of(run_dir):
             if step_of(folder) > after:
-                aside = folder.with_name(f"superseded-{folder.name.lstrip('.')}")
-                _discard(aside)
-                moved.append(folder.rename(aside))
+                name = f"superseded-{folder.name.lstrip('.')}"
+                names = chain([name], (f"{name}-{number}" for number in count(2)))
+                moved.append(folder.rename(next(aside for aside in map(folder.with_name, names) if not aside.exists())))
+        if moved:
+            _point_at(next(iter(folders_of(run_dir)), None), run_dir / "checkpoints")
     return moved
 
 
@@ -328,6 +338,15 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be written ({error.strerror}); the disk must be there, writable and have room; "
                               "older checkpoints are as they were") from error
+
+
+def _point_at(newest: Path | None, checkpoints: Path) -> None:
+    if newest is None:
+        (checkpoints / LATEST).unlink(missing_ok=True)
+        return
+    _write(checkpoints / f".{LATEST}", [newest.name.encode()])
+    (checkpoints / f".{LATEST}").replace(checkpoints / LATEST)
+    _flush_folder(checkpoints)
 
 
 def _discard(folder: Path) -> None:

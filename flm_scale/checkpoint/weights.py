@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from flm_scale.checkpoint.reader import Checkpoint, first_of
-from flm_scale.checkpoint.store import folders_of, last_good, open_checkpoint, open_together, step_of
+from flm_scale.checkpoint.store import folders_of, last_good, last_good_together, open_checkpoint, open_together, step_of
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
@@ -69,7 +69,7 @@ class ExportedWeights:
 
 def open_weights(run_dir: Path) -> Weights:
     """Return the weights of an exported folder, or those of the last good checkpoint of a run. Raises CheckpointError when there are none."""
-    return ExportedWeights(run_dir) if (run_dir / "config.json").is_file() else last_good(run_dir, full=False)
+    return ExportedWeights(run_dir) if (run_dir / "config.json").is_file() else last_good_together(run_dir)
 
 
 def read_run(run_dir: Path) -> Run:
@@ -102,7 +102,7 @@ def find_checkpoint(run_dir: Path, which: str, run: Run) -> Checkpoint:
     Raises CheckpointError, so that nothing starts from random unasked, when there is none or the one that was named is damaged; ConfigError
     when it is of a run that is too different.
     """
-    checkpoint = last_good(run_dir, full=True, together=True) if which == "latest" else named_checkpoint(run_dir, which)
+    checkpoint = last_good_together(run_dir) if which == "latest" else named_checkpoint(run_dir, which)
     check_resumable(run, checkpoint)
     return checkpoint
 
@@ -147,14 +147,19 @@ def steps_in(run_dir: Path) -> str:
 
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:
     """Raise ConfigError that lists what a resumed run has otherwise than the saved one and must have alike."""
-    then, now = (flat_values(one.model_dump()) for one in (Run.model_validate_json(checkpoint.run_json), run))
-    differences = [f"{path} {then.get(path)!r} there and {now.get(path)!r} here" for path in {**now, **then}
-                   if any(f"{path}.".startswith(f"{fixed}.") for fixed in FIXED) and then.get(path) != now.get(path)]
+    differences = [f"{path} {then!r} there and {now!r} here" for path, (then, now) in changes(run, checkpoint).items()
+                   if any(f"{path}.".startswith(f"{fixed}.") for fixed in FIXED)]
     if differences:
         raise ConfigError(f"{checkpoint.folder}: was saved with {', '.join(differences)}; resume with what it had, or train anew in another "
                           "--run-dir")
     if run.steps <= checkpoint.step:
         raise ConfigError(f"{checkpoint.folder}: has {checkpoint.step} steps already and --steps is {run.steps}; ask for more")
+
+
+def changes(run: Run, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Return what a run has otherwise than the saved one: its value there and here, by its path."""
+    then, now = (flat_values(one.model_dump(mode="json")) for one in (Run.model_validate_json(checkpoint.run_json), run))
+    return {path: (then.get(path), now.get(path)) for path in {**now, **then} if then.get(path) != now.get(path)}
 
 
 def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -103,7 +103,7 @@ class _Processes:
     def saved_pieces(self) -> list[Piece]:
         """Return those pieces that no process before this one has as well, and the frozen weights.
 
-        Raises CheckpointError on all processes when copies have drifted apart, of which just one would be saved.
+        Says on standard error which copies have drifted apart; one of them is saved.
         """
         self._check_copies()
         first_replica, first_shard = self.data_index == 0, self.rank % self.layout.tensor == 0

@@ -14,7 +14,7 @@ from flm_scale.objectives.objective import Objective, build_objective
 from flm_scale.observe.cost import shape_of
 from flm_scale.observe.layer_cost import stage_bounds
 from flm_scale.parallel.mesh import find_layout, find_ranks
-from flm_scale.parallel.processes import Processes, start_processes
+from flm_scale.parallel.processes import Processes, meet, start_processes, together
 
 
 class TrainedRun(NamedTuple):
@@ -46,10 +46,11 @@ def open_run(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> TrainedRun:
     run = read_run(run_dir)
     run = run.replace(parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, vision=run.parallel.vision))
     find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
-    weights = open_weights(run_dir)
+    stage_bounds(run, shape_of(run.vision))  # more stages than layers are refused here, before the processes meet
+    meet()
+    weights = together(lambda: open_weights(run_dir))
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     tokenizer = Tokenizer(dataset.tokenizer_file)
-    stage_bounds(run, shape_of(run.vision))  # more stages than layers are refused here, before the processes meet
     return TrainedRun(run, weights, dataset, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
 
 

@@ -7,6 +7,7 @@ is one process, which holds everything; then no process group is made. Training 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,9 +23,10 @@ from flm_scale.parallel.mesh import Layout, Ranks, find_layout, find_ranks, no_m
 Item = TypeVar("Item")
 
 
-def meet() -> tuple[Ranks, torch.device]:
+def meet(*, patience_seconds: float = 1800.0) -> tuple[Ranks, torch.device]:
     """Bring the launcher's processes together, on gloo or NCCL; return this one's ranks and device. Collective; those that have met stay so.
 
+    patience_seconds: that a collective waits for the slowest of them.
     Raises ConfigError when they cannot meet.
     """
     ranks, missing = find_ranks(os.environ)
@@ -35,7 +37,7 @@ def meet() -> tuple[Ranks, torch.device]:
     if ranks.size > 1 and not dist.is_initialized():
         os.environ.update(missing)
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience_seconds))
         except dist.DistError as error:
             raise no_meeting(error, os.environ) from error
     return ranks, device

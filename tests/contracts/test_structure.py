@@ -25,7 +25,7 @@ LAYERS = [
     {"cli"},
     {"train", "plan"},
     {"evals"},
-    {"guard"},
+    {"guard", "run_dir"},
     {"engine", "checkpoint", "observe"},
     {"parallel"},
     {"data", "model"},
