@@ -42,6 +42,7 @@ check: setup
 
 bench: setup
 	$(PYTHON) -m tools.bench
+	$(PYTHON) -m tools.bench_data
 	$(FLM) data demo data/demo
 	OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench_checkpoints
 	for processes in 2 4; do OMP_NUM_THREADS=1 $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node=$$processes -m tools.bench_layouts; done

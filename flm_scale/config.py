@@ -157,12 +157,18 @@ class TextConfig(Section):
 
 
 class DataConfig(Section):
-    """Which prepared dataset is read, and by how many processes."""
+    """Which prepared datasets are read, and by how many processes."""
 
     path: Path = Path("data/demo")
     """Folder written by `flm data demo` (manifest.json, tokenizer.model, shards)."""
+    also: tuple[Path, ...] = Field((), strict=False)  # JSON has lists alone
+    """More datasets to train on, with the same tokenizer; validation and evaluation read the first one."""
+    weights: tuple[float, ...] = Field((), strict=False)
+    """Share of the micro-batches that come from `path` and from each of `also`, in any unit; none given shows every image equally often."""
     manifest_hash: str = ""
     """When set, the folder must have this root hash; run.json always records it."""
+    also_hashes: tuple[str, ...] = Field((), strict=False)
+    """When set, the same for each of `also`."""
     tokenizer_hash: str = ""
     """When set, the folder's tokenizer must have this fingerprint; run.json always records it."""
     workers: int = Field(1, ge=0)
@@ -171,6 +177,16 @@ class DataConfig(Section):
     """At most this many captions of one image go together; which ones changes with the epoch."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the images read cannot be decoded."""
+
+    @model_validator(mode="after")
+    def _lists_match(self) -> Self:
+        if self.weights and (len(self.weights) != 1 + len(self.also) or min(self.weights) <= 0):
+            raise ConfigError(f"data.weights ({self.weights}) must be one positive number for data.path and one for each of the {len(self.also)} in "
+                              "data.also; leave it out to show every image equally often")
+        if self.also_hashes and len(self.also_hashes) != len(self.also):
+            raise ConfigError(f"data.also_hashes ({len(self.also_hashes)}) must be one for each of the {len(self.also)} in data.also; "
+                              "leave it out to expect nothing")
+        return self
 
 
 class BatchConfig(Section):

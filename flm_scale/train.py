@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,8 @@ from flm_scale.checkpoint.saver import Saver
 from flm_scale.checkpoint.store import folders_of, last_good_together
 from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
-from flm_scale.data.loader import Loader, one_pass
-from flm_scale.data.shards import Dataset, open_dataset
+from flm_scale.data.loader import Loader, one_pass, open_mixture
+from flm_scale.data.shards import Dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError, ToldElsewhereError, UserError
@@ -68,9 +68,10 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     ranks, _ = find_ranks(os.environ)
     layout = find_layout(run.parallel, world_size=ranks.size)
     micro_steps(run.batch, data_parallel_size=layout.data)
-    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
+    datasets = open_mixture(run.data)
+    dataset = datasets[0]
     tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
-    run = pin(run, dataset, tokenizer)
+    run = pin(run, datasets, tokenizer)
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
     if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
         raise DataError(f"{run.data.path}: split '{run.log.validation_split}' has no caption to validate on; choose another "
@@ -91,7 +92,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
         go_on(engine, checkpoint)
 
     def training_loader() -> Loader:
-        return Loader(run, dataset.index("train"), tokenizer, objective, rank=engine.data_index, size=layout.data,
+        return Loader(run, datasets, tokenizer, objective, rank=engine.data_index, size=layout.data,
                       state=checkpoint.state["loader"] if checkpoint else None)
 
     def validation_pass() -> Iterator[Batch]:
@@ -107,7 +108,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
                           timeout_seconds=run.log.stall_timeout or math.inf)) as saver:
         recorder.start()
         if engine.rank == 0:
-            announce(run, run_dir, dataset, engine, checkpoint)
+            announce(run, run_dir, datasets, engine, checkpoint)
             if not checkpoint:
                 write_accounts(run_dir, account_for(run, objective, pretrained_text))
         Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go(asked)
@@ -258,12 +259,13 @@ def sigterm_asks() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pin(run: Run, dataset: Dataset, tokenizer: Tokenizer) -> Run:
-    """Return the run with the dataset's and tokenizer's hashes filled in. Raises ConfigError when the vocabulary is too small."""
+def pin(run: Run, datasets: Sequence[Dataset], tokenizer: Tokenizer) -> Run:
+    """Return the run with the datasets' and tokenizer's hashes filled in. Raises ConfigError when the vocabulary is too small."""
     if run.text.vocab_size < tokenizer.vocab_size:
         raise ConfigError(f"text.vocab_size ({run.text.vocab_size}) must be at least the tokenizer's {tokenizer.vocab_size}; "
                           f"add --text.vocab-size {tokenizer.vocab_size}")
-    return run.replace(data=run.data.replace(manifest_hash=dataset.root, tokenizer_hash=tokenizer.fingerprint))
+    first, *also = (dataset.root for dataset in datasets)
+    return run.replace(data=run.data.replace(manifest_hash=first, also_hashes=tuple(also), tokenizer_hash=tokenizer.fingerprint))
 
 
 def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedText | None = None) -> Engine:
@@ -367,14 +369,15 @@ class Recorder:
             self.log.close()
 
 
-def announce(run: Run, run_dir: Path, dataset: Dataset, engine: Engine, checkpoint: Checkpoint | None) -> None:
+def announce(run: Run, run_dir: Path, datasets: Sequence[Dataset], engine: Engine, checkpoint: Checkpoint | None) -> None:
     """Say what will be done."""
     layout, parallel = engine.layout, run.parallel
     how = f"deepspeed ZeRO {parallel.zero}" if parallel.engine == "deepspeed" else "local"
     if layout.size > layout.data:
         how += f", tensor {layout.tensor} x pipe {layout.pipe} x data {layout.data}"
     print(f"flm: {run.name}: {run.objective.kind}, {engine.num_weights / 1e6:.1f} M weights, {run.steps} steps of {run.batch.micro_batches} "
-          f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data {dataset.name} {dataset.root[:12]}; writes {run_dir}"
+          f"micro-batches on {layout.size} process(es), {how}, {run.precision}; data "
+          + ", ".join(f"{dataset.name} {dataset.root[:12]}" for dataset in datasets) + f"; writes {run_dir}"
           + (f"; goes on behind {checkpoint.folder}" if checkpoint else ""),
           file=sys.stderr)
 
@@ -389,8 +392,8 @@ def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
 
 def step_keys(run: Run, *, step: int) -> list[str]:
     """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
-    dataset = open_dataset(run.data.path)
-    tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
+    datasets = open_mixture(run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash=""))
+    tokenizer = Tokenizer(datasets[0].folder / "tokenizer.model")
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
-    loader = Loader(run, dataset.index("train"), tokenizer, objective)
+    loader = Loader(run, datasets, tokenizer, objective)
     return [f"micro-batch {number}: {' '.join(keys)}" for number, keys in enumerate(loader.keys_of_step(step), start=1)]

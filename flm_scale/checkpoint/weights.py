@@ -14,8 +14,8 @@ from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
 from flm_scale.parallel.processes import together
 
-FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.tokenizer_hash", "data.captions_per_image", "batch.text_tokens",
-         "batch.captions", "batch.images", "optim.kind")
+FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.also_hashes", "data.weights", "data.tokenizer_hash",
+         "data.captions_per_image", "batch.text_tokens", "batch.captions", "batch.images", "optim.kind")
 """What a resumed run must have alike: the model, the order of its data, the kind of its moments. Layout, rates and lengths may change."""
 
 

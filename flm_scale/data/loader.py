@@ -1,14 +1,15 @@
 """Micro-batches, ready to train on, in an order that depends on dataset, seed and epoch alone.
 
-order.py says which samples make micro-batch k; workers read, decode, corrupt and pack it; every process takes its share of a step. The
-state is small JSON without a rank or a worker count in it, so a run goes on with the next sample on any layout.
+order.py says which samples of a dataset make its micro-batch k, a fixed schedule says which dataset of a mixture comes when; workers read,
+decode, corrupt and pack; every process takes its share of a step. The state is small JSON, a counter of micro-batches and what they are of,
+without a rank or a worker count in it, so a run goes on with the next sample on any layout.
 """
 
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import islice
+from fractions import Fraction
+from itertools import count, islice
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,15 +18,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flm_scale.batch import Batch, Example
-from flm_scale.config import Run, micro_steps
+from flm_scale.config import DataConfig, Run, micro_steps
+from flm_scale.data import shards
 from flm_scale.data.images import decode_image
-from flm_scale.data.order import MicroBatch, keyed_rng, plan_epoch, plan_in_order
+from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
 from flm_scale.errors import DataError
 from flm_scale.objectives.objective import Objective
 
 if TYPE_CHECKING:
-    from flm_scale.data.shards import Index
     from flm_scale.data.tokens import Tokenizer
 
 
@@ -36,21 +37,25 @@ class Order(NamedTuple):
     entries: MicroBatch
     counts: bool = True
     """False for one that only keeps the ranks in step at the end of an evaluation."""
+    source: int = 0
+    """Which dataset of a mixture it is of."""
 
 
 class MicroBatches(Dataset[Batch]):
     """Makes the micro-batch that an Order names; lives in the workers."""
 
-    def __init__(self, index: "Index", token_ids: list[list[np.ndarray]], objective: Objective, *, seed: int, image_size: int) -> None:
+    def __init__(self, index: shards.Index, token_ids: list[list[np.ndarray]], objective: Objective, *, seed: int, image_size: int,
+                 prefix: str = "") -> None:
+        """prefix: stands before every sample key, so that the keys of a mixture are distinct."""
         self.index, self.token_ids, self.objective, self.seed, self.image_size = index, token_ids, objective, seed, image_size
+        self.prefix = prefix
 
     def __getitem__(self, order: Order) -> Batch:
         """Read, decode, corrupt, pack."""
         pixels = np.empty((len(order.entries), 3, self.image_size, self.image_size), np.uint8)
         images: list[list[Example]] = []
-        bad_keys = []
-        for row, (image, captions) in enumerate(order.entries):
-            key = self.index.keys[image]
+        keys, bad_keys = self.keys(order), []
+        for row, ((image, captions), key) in enumerate(zip(order.entries, keys, strict=True)):
             views = [view for caption in captions for view in self.objective.corrupt(
                 self.token_ids[image][caption], keyed_rng("corrupt", self.seed, order.epoch, key, caption))]
             try:
@@ -61,72 +66,121 @@ class MicroBatches(Dataset[Batch]):
                 bad_keys.append(key)
             images.append(views if order.counts and key not in bad_keys else [without_targets(view) for view in views])
         state = pack(images, pixels)
-        return Batch(state, keys=tuple(self.index.keys[entry.image] for entry in order.entries),
-                     num_captions=sum(len(entry.captions) for entry in order.entries), num_tokens=len(state.ids), bad_keys=tuple(bad_keys),
-                     part_counts=torch.bincount(state.target_parts, minlength=len(self.objective.parts)))
+        return Batch(state, keys=tuple(keys), num_captions=sum(len(entry.captions) for entry in order.entries), num_tokens=len(state.ids),
+                     bad_keys=tuple(bad_keys), part_counts=torch.bincount(state.target_parts, minlength=len(self.objective.parts)))
+
+    def keys(self, order: Order) -> list[str]:
+        """Return the sample key of each image, without reading a picture."""
+        return [self.prefix + self.index.keys[entry.image] for entry in order.entries]
+
+
+class Mixture(Dataset[Batch]):
+    """The same for several datasets."""
+
+    def __init__(self, sources: Sequence[MicroBatches]) -> None:
+        self.sources = sources
+
+    def __getitem__(self, order: Order) -> Batch:
+        """Let the order's dataset make it."""
+        return self.sources[order.source][order]
+
+    def keys(self, order: Order) -> list[str]:
+        """Return the sample key of each image, without reading a picture."""
+        return self.sources[order.source].keys(order)
 
 
 class Loader:
     """Endless training micro-batches of one rank, a step at a time."""
 
-    def __init__(self, run: Run, index: "Index", tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1,
+    def __init__(self, run: Run, datasets: Sequence[shards.Dataset], tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1,
                  state: dict[str, Any] | None = None) -> None:
-        """rank, size: this process among the data-parallel ones.   state: of an earlier run, to go on where it stopped."""
+        """datasets: those of `open_mixture`.   rank, size: this process among the data-parallel ones.   state: to go on where an earlier run stopped.
+
+        Raises DataError when a dataset has no caption to train on, or the state is of other data.
+        """
         self.run, self.rank, self.size = run, rank, size
         self.micro_steps = micro_steps(run.batch, data_parallel_size=size)
-        token_ids = encode_captions(index, tokenizer, max_length=run.text.max_length)
-        costs = costs_of(token_ids, objective)
-        if not any(costs):
-            raise DataError(f"{run.data.path}: the split has no caption to train on; build the dataset again")
-        # Workers run ahead by an epoch at most.
-        self._plan = lru_cache(maxsize=2)(lambda epoch: plan_epoch(costs, run.batch, seed=run.seed, epoch=epoch,
-                                                                   captions_per_image=run.data.captions_per_image))
-        self.state = state or {"seed": run.seed, "epoch": 0, "cursor": 0}
-        dataset = MicroBatches(index, token_ids, objective, seed=run.seed, image_size=run.vision.image_size)
-        orders = self._orders(self.state["epoch"], self.state["cursor"] + rank, stride=size)
-        self._dataset, self._batches = dataset, iter(torch_loader(dataset, orders, workers=run.data.workers))
+        self._shuffles: list[Shuffle] = []
+        sources = []
+        for number, dataset in enumerate(datasets):
+            index = dataset.index("train")
+            token_ids = encode_captions(index, tokenizer, max_length=run.text.max_length)
+            if not any(token_ids):
+                raise DataError(f"{dataset.folder}: the split has no caption to train on; build the dataset again")
+            shard_sizes = [shard.count for shard in dataset.manifest.splits["train"].shards]
+            self._shuffles.append(Shuffle(costs_of(token_ids, objective), shard_sizes, run.batch, seed=run.seed,
+                                          captions_per_image=run.data.captions_per_image))
+            sources.append(MicroBatches(index, token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
+                                        prefix=f"{number}/" if len(datasets) > 1 else ""))
+        self._dataset = Mixture(sources)
+        self._shares = mixture_shares(run.data.weights or [shuffle.length(0) for shuffle in self._shuffles])
+        start: dict[str, Any] = {"seed": run.seed, "data": [dataset.root[:16] for dataset in datasets], "tokenizer": tokenizer.fingerprint[:16],
+                                 "micro_batch": 0}
+        self.state = start if state is None else state
+        if self.state | {"micro_batch": 0} != start:
+            raise DataError(f"{run.data.path}: the checkpoint's place in the data is {self.state}, and a run on this data begins at {start}; "
+                            "resume with the data it had, or train anew in another --run-dir")
+        self._batches = iter(torch_loader(self._dataset, self._orders(self.state["micro_batch"] + rank, stride=size), workers=run.data.workers))
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step and move the state behind it."""
         batches = list(islice(self._batches, self.micro_steps))
-        epoch, cursor = self.state["epoch"], self.state["cursor"] + self.run.batch.micro_batches
-        while cursor >= (length := len(self._plan(epoch))):
-            epoch, cursor = epoch + 1, cursor - length
-        self.state = self.state | {"epoch": epoch, "cursor": cursor}
+        self.state = self.state | {"micro_batch": self.state["micro_batch"] + self.run.batch.micro_batches}
         return batches
 
     def keys_of_step(self, step: int) -> list[list[str]]:
         """Return the sample keys of each micro-batch of a step, counted from 1, without reading a picture."""
-        epoch, skip = 0, (step - 1) * self.run.batch.micro_batches
-        while skip >= (length := len(self._plan(epoch))):
-            epoch, skip = epoch + 1, skip - length
-        return next(self._keys_from(epoch, skip))
+        return self._keys((step - 1) * self.run.batch.micro_batches)
 
     def keys_of_last(self, steps: int) -> list[list[list[str]]]:
         """Return the sample keys of each micro-batch, over all replicas, of each of the last steps."""
-        epoch, skip = self.state["epoch"], self.state["cursor"] - steps * self.run.batch.micro_batches
-        while skip < 0:
-            epoch, skip = epoch - 1, skip + len(self._plan(epoch - 1))
-        return list(islice(self._keys_from(epoch, skip), steps))
+        first = self.state["micro_batch"] - steps * self.run.batch.micro_batches
+        return [self._keys(number) for number in range(first, self.state["micro_batch"], self.run.batch.micro_batches)]
 
-    def _keys_from(self, epoch: int, skip: int) -> Iterator[list[list[str]]]:
-        """Yield the sample keys of each micro-batch, step after step, beginning `skip` micro-batches behind the start of an epoch."""
-        upcoming = self._orders(epoch, skip, stride=1)
-        while True:
-            yield [[self._dataset.index.keys[entry.image] for entry in order.entries]
-                   for order in islice(upcoming, self.run.batch.micro_batches)]
+    def _keys(self, first: int) -> list[list[str]]:
+        return [self._dataset.keys(order) for order in islice(self._orders(first, stride=1), self.run.batch.micro_batches)]
 
-    def _orders(self, epoch: int, skip: int, *, stride: int) -> Iterator[Order]:
-        """Yield every stride-th micro-batch of the endless row of epochs, beginning `skip` behind the start of one."""
-        while True:
-            plan = self._plan(epoch)
-            yield from (Order(epoch, entries) for entries in plan[skip::stride])
-            # The first of this row's micro-batches beyond the epoch's end, counted from the next epoch's start.
-            skip = skip - len(plan) if skip >= len(plan) else (skip - len(plan)) % stride
-            epoch += 1
+    def _orders(self, first: int, *, stride: int) -> Iterator[Order]:
+        """Yield every stride-th micro-batch of the endless row."""
+        for number in count(first, stride):
+            source, place = place_in_mixture(number, self._shares)
+            epoch, place = self._shuffles[source].find(place)
+            yield Order(epoch, self._shuffles[source].micro_batch(epoch, place), source=source)
 
 
-def one_pass(run: Run, index: "Index", tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+def open_mixture(config: DataConfig) -> list[shards.Dataset]:
+    """Open the datasets that a run trains on, the first one first. Raises DataError when one is not as expected or has another tokenizer."""
+    first = shards.open_dataset(config.path, manifest_hash=config.manifest_hash, tokenizer_hash=config.tokenizer_hash)
+    others = [shards.open_dataset(path, manifest_hash=manifest_hash)
+              for path, manifest_hash in zip(config.also, config.also_hashes or [""] * len(config.also), strict=True)]
+    for other in others:
+        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise DataError(f"dataset {other.folder} has the tokenizer {other.tokenizer_fingerprint[:12] or '(none)'}; {first.folder} has "
+                            f"{first.tokenizer_fingerprint[:12] or '(none)'}; a run has one: build both with the same, or leave data.also out")
+    return [first, *others]
+
+
+def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
+    """Return for each dataset its share of the micro-batches that no dataset before it takes; the last one's is 1."""
+    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    return [weight / sum(exact[number:]) for number, weight in enumerate(exact)]
+
+
+def place_in_mixture(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
+    """Return which dataset the `number`-th micro-batch of a mixture is of, and how many of that dataset come before it.
+
+    After k micro-batches the first dataset has had floor(k * share), the second as much of what the first one left, and so on: evenly spread,
+    each dataset's part a function of the counter alone. Shares 1/3, 1: 1 1 0 1 1 0 ...
+    """
+    for source, share in enumerate(shares):
+        before = number * share.numerator // share.denominator
+        if (number + 1) * share.numerator // share.denominator > before:
+            return source, before
+        number -= before
+    raise AssertionError("the last share is 1")
+
+
+def one_pass(run: Run, index: shards.Index, tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
     """Yield every caption of a split once, in order, with corruption that never changes; all ranks get equally many batches."""
     token_ids = encode_captions(index, tokenizer, max_length=run.text.max_length)
     plan = plan_in_order(costs_of(token_ids, objective), run.batch)
@@ -136,7 +190,7 @@ def one_pass(run: Run, index: "Index", tokenizer: "Tokenizer", objective: Object
     yield from torch_loader(dataset, orders[rank::size], workers=run.data.workers)
 
 
-def encode_captions(index: "Index", tokenizer: "Tokenizer", *, max_length: int) -> list[list[np.ndarray]]:
+def encode_captions(index: shards.Index, tokenizer: "Tokenizer", *, max_length: int) -> list[list[np.ndarray]]:
     """Return the token ids of every image's captions; captions without content are dropped."""
     encoded: dict[str, np.ndarray] = {}
     for caption in {caption for captions in index.captions for caption in captions}:
@@ -144,10 +198,12 @@ def encode_captions(index: "Index", tokenizer: "Tokenizer", *, max_length: int) 
     return [[encoded[caption] for caption in captions if len(encoded[caption]) > 2] for captions in index.captions]
 
 
-def costs_of(token_ids: list[list[np.ndarray]], objective: Objective) -> list[list[tuple[int, int]]]:
-    """Return (text tokens, views) of each caption of each image."""
-    views = {length: objective.num_views(length) for length in {len(ids) for captions in token_ids for ids in captions}}
-    return [[(len(ids) * views[len(ids)], views[len(ids)]) for ids in captions] for captions in token_ids]
+def costs_of(token_ids: list[list[np.ndarray]], objective: Objective) -> Costs:
+    """Return what each caption of each image takes in a batch."""
+    lengths = np.array([len(ids) for captions in token_ids for ids in captions], np.int64)
+    views_of = np.array([objective.num_views(length) for length in range(lengths.max(initial=0) + 1)], np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(captions) for captions in token_ids])]).astype(np.int64)
+    return Costs(lengths * views_of[lengths], views_of[lengths], starts)
 
 
 def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Order], *, workers: int) -> "DataLoader[Batch]":

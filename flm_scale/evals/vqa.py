@@ -21,7 +21,7 @@ from flm_scale.batch import Batch, Example, LossSums, Term
 from flm_scale.checkpoint.weights import Weights
 from flm_scale.config import BatchConfig, OptimConfig, Run
 from flm_scale.data.loader import MicroBatches, Order, costs_of, torch_loader
-from flm_scale.data.order import MicroBatch, plan_epoch, plan_in_order
+from flm_scale.data.order import MicroBatch, Shuffle, plan_in_order
 from flm_scale.data.shards import Dataset, Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine
@@ -152,8 +152,8 @@ def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Seque
     """Train from one start and return its row of evals/vqa.json; `seconds` are those of training, without the scoring."""
     from rich.progress import track
 
-    plans = [plan_epoch(costs_of(train.token_ids, task), BATCH, seed=run.seed, epoch=epoch, captions_per_image=QUESTIONS_PER_IMAGE)
-             for epoch in range(PASSES)]
+    shuffle = Shuffle(costs_of(train.token_ids, task), [len(train.index)], BATCH, seed=run.seed, captions_per_image=QUESTIONS_PER_IMAGE)
+    plans = [shuffle.plan(epoch) for epoch in range(PASSES)]
     test_plan = plan_in_order(costs_of(test.token_ids, task), BATCH)
     steps = sum(map(len, plans))
     run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))

@@ -1,6 +1,10 @@
 """The loader: the same batches for any number of workers and ranks, and after any resume."""
 
+import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +12,12 @@ import torch
 
 from flm_scale.batch import Batch
 from flm_scale.config import BatchConfig, DataConfig, FlmConfig, MlmConfig, Run
-from flm_scale.data.loader import Loader, one_pass
-from flm_scale.data.shards import Dataset
+from flm_scale.data.loader import Loader, mixture_shares, one_pass, open_mixture, place_in_mixture
+from flm_scale.data.shards import Dataset, write_dataset
 from flm_scale.data.tokens import Tokenizer
+from flm_scale.errors import ConfigError, DataError
 from flm_scale.objectives.objective import Objective, build_objective
-from tests.conftest import write_toy
+from tests.conftest import COLORS, SHAPES, drawn_sample, write_toy
 from tests.synthetic import tiny_run
 
 
@@ -27,7 +32,24 @@ def parts_of(dataset: Dataset, run: Run) -> tuple[Tokenizer, Objective]:
 
 
 def loader_of(dataset: Dataset, run: Run, **where) -> Loader:
-    return Loader(run, dataset.index("train"), *parts_of(dataset, run), **where)
+    return Loader(run, [dataset, *open_mixture(run.data)[1:]], *parts_of(dataset, run), **where)
+
+
+@pytest.fixture(scope="module")
+def second(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Forty pictures, whose keys are also the toy dataset's, in its words."""
+    samples = [drawn_sample(number, color=COLORS[number % 3], shape=SHAPES[number % 2]) for number in range(40)]
+    dataset = write_dataset(tmp_path_factory.mktemp("second") / "data", name="second", sources=[], readme="Drawn.", splits={"train": samples})
+    shutil.copy(toy_dataset.tokenizer_file, dataset.tokenizer_file)
+    dataset.set_tokenizer(toy_dataset.tokenizer_fingerprint, Tokenizer(toy_dataset.tokenizer_file).vocab_size)
+    return dataset
+
+
+def mixed_run(dataset: Dataset, second: Dataset, **changes) -> Run:
+    """24 micro-batches a step, of two datasets, with at most two of an image's one to three captions: more than one epoch of each."""
+    run = toy_run(dataset)
+    return run.replace(data=run.data.replace(also=(second.folder,), weights=(2.0, 1.0), captions_per_image=2, **changes),
+                       batch=run.batch.replace(micro_batches=24))
 
 
 def assert_equal(left: Sequence[Batch], right: Sequence[Batch]) -> None:
@@ -36,42 +58,116 @@ def assert_equal(left: Sequence[Batch], right: Sequence[Batch]) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a.state, b.state, strict=True))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches(toy_dataset: Dataset, workers: int) -> None:
-    run = toy_run(toy_dataset)
-    other = loader_of(toy_dataset, run.replace(data=run.data.replace(workers=workers)))
-    loader = loader_of(toy_dataset, run)
-    for _ in range(8):
-        assert_equal(loader.next_step(), other.next_step())
+@pytest.fixture(scope="module")
+def straight(toy_dataset: Dataset, second: Dataset) -> list[list[Batch]]:
+    """Ten steps of one process that decodes for itself."""
+    loader = loader_of(toy_dataset, mixed_run(toy_dataset, second))
+    return [loader.next_step() for _ in range(10)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_share_a_step_out_among_them(toy_dataset: Dataset, size: int) -> None:
-    run = toy_run(toy_dataset)
-    whole, ranks = loader_of(toy_dataset, run), [loader_of(toy_dataset, run, rank=rank, size=size) for rank in range(size)]
-    for _ in range(12):
-        together, shares = whole.next_step(), [loader.next_step() for loader in ranks]
-        assert_equal(together, [batch for column in zip(*shares, strict=True) for batch in column])
-        assert all(loader.state == whole.state for loader in ranks)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_any_number_of_workers_gives_the_same_batches(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]], workers: int) -> None:
+    loader = loader_of(toy_dataset, mixed_run(toy_dataset, second, workers=workers))
+    for step in straight[:3]:
+        assert_equal(step, loader.next_step())
 
 
-@pytest.mark.parametrize("stop", [1, 3, 7])
-def test_a_resumed_loader_repeats_no_sample_and_skips_none_on_any_layout(toy_dataset: Dataset, stop: int) -> None:
-    """Seven steps are more than an epoch, so the state crosses one."""
-    run = toy_run(toy_dataset)
-    straight, first = loader_of(toy_dataset, run), loader_of(toy_dataset, run, rank=0, size=4)
-    for _ in range(stop):
-        straight.next_step()
-        first.next_step()
-    resumed = loader_of(toy_dataset, run, state=first.state)
-    for _ in range(4):
-        assert_equal(straight.next_step(), resumed.next_step())
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+def test_ranks_share_a_step_out_among_them(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]], size: int) -> None:
+    ranks = [loader_of(toy_dataset, mixed_run(toy_dataset, second), rank=rank, size=size) for rank in range(size)]
+    for step in straight:
+        shares = [loader.next_step() for loader in ranks]
+        assert_equal(step, [batch for column in zip(*shares, strict=True) for batch in column])
+        assert all(loader.state == ranks[0].state for loader in ranks)
 
 
-def test_the_state_is_small_and_knows_no_rank(toy_dataset: Dataset) -> None:
-    loader = loader_of(toy_dataset, toy_run(toy_dataset), rank=1, size=2)
+def test_a_resumed_loader_repeats_no_sample_and_skips_none_on_any_layout(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]]) -> None:
+    """From ten places, on other numbers of ranks, workers and micro-batches a step."""
+    run = mixed_run(toy_dataset, second)
+    row = [batch for step in straight for batch in step]
+    places = np.random.default_rng(0).choice(200, 10, replace=False).tolist()
+    before = loader_of(toy_dataset, run, rank=3, size=4)
+    for micro_batches, place in enumerate(places, start=3):
+        other = run.replace(batch=run.batch.replace(micro_batches=micro_batches))
+        resumed = loader_of(toy_dataset, other, state=before.state | {"micro_batch": place})
+        assert_equal(row[place:place + micro_batches], resumed.next_step())
+        assert resumed.state["micro_batch"] == place + micro_batches
+        assert resumed.keys_of_last(1) == [[list(batch.keys) for batch in row[place:place + micro_batches]]]
+
+
+def test_a_mixture_gives_each_dataset_its_share_and_each_sample_once_an_epoch(toy_dataset: Dataset, second: Dataset,
+                                                                              straight: list[list[Batch]]) -> None:
+    """Weights 2 and 1; both have a sample 000000, and the number of the dataset tells them apart."""
+    row = [batch.keys for step in straight for batch in step]
+    of = [{key.split("/")[0] for key in keys} for keys in row]
+    assert all(len(sources) == 1 for sources in of)
+    for number, size in ((0, 64), (1, 40)):
+        own = [keys for keys, sources in zip(row, of, strict=True) if sources == {str(number)}]
+        assert len(own) == (160, 80)[number]
+        seen = Counter(key for keys in own for key in keys)
+        assert len(seen) == size
+        assert max(seen.values()) - min(seen.values()) <= 1, "the last epoch is not at its end"
+
+
+def test_without_weights_every_image_of_a_mixture_comes_equally_often(toy_dataset: Dataset, second: Dataset) -> None:
+    run = mixed_run(toy_dataset, second)
+    loader = loader_of(toy_dataset, run.replace(data=run.data.replace(weights=())))
+    row = [keys for step in range(1, 9) for keys in loader.keys_of_step(step)]
+    seen = Counter(key for keys in row[:sum(shuffle.length(0) for shuffle in loader._shuffles)] for key in keys)
+    assert len(seen) == 104
+    assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 1), (2.0, 1.0), (5, 3, 1, 0.5), (1e-3, 1)])
+def test_a_mixture_is_spread_evenly_and_each_place_is_told_by_the_counter(weights: tuple[float, ...]) -> None:
+    """Of any k micro-batches in a row each dataset has its share of them, give or take two."""
+    shares = mixture_shares(weights)
+    row = [place_in_mixture(number, shares) for number in range(3000)]
+    for source, weight in enumerate(weights):
+        places = [place for of, place in row if of == source]
+        assert places == list(range(len(places)))
+        had = np.cumsum([of == source for of, _ in row])
+        assert np.abs(had - np.arange(1, 3001) * weight / sum(weights)).max() <= 2
+
+
+def test_a_mixture_has_one_tokenizer(toy_dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(toy_dataset.folder, tmp_path / "data")
+    other = Dataset(tmp_path / "data", toy_dataset.manifest)
+    other.drop_tokenizer()
+    with pytest.raises(DataError, match=rf"{other.folder} has the tokenizer \(none\); .* has {toy_dataset.tokenizer_fingerprint[:12]}"):
+        open_mixture(DataConfig(path=toy_dataset.folder, also=(other.folder,)))
+
+
+def test_each_dataset_of_a_mixture_can_be_pinned(toy_dataset: Dataset, second: Dataset) -> None:
+    config = DataConfig(path=toy_dataset.folder, also=(second.folder,), manifest_hash=toy_dataset.root, also_hashes=(second.root,))
+    assert [dataset.root for dataset in open_mixture(config)] == [toy_dataset.root, second.root]
+    with pytest.raises(DataError, match=str(second.folder)):
+        open_mixture(config.replace(also_hashes=(toy_dataset.root,)))
+
+
+@pytest.mark.parametrize(("values", "message"), [({"weights": (1.0,)}, "one for each of the 1"), ({"weights": (1.0, 0.0)}, "positive"),
+                                                 ({"also_hashes": ("a", "b")}, "one for each of the 1")])
+def test_lists_of_a_mixture_that_do_not_match_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(also=(Path("b"),), **values)
+
+
+def test_the_state_is_small_and_knows_no_rank(toy_dataset: Dataset, second: Dataset) -> None:
+    loader = loader_of(toy_dataset, mixed_run(toy_dataset, second), rank=1, size=2)
     loader.next_step()
-    assert loader.state == {"seed": 0, "epoch": 0, "cursor": 4}
+    assert loader.state == {"seed": 0, "data": [toy_dataset.root[:16], second.root[:16]], "tokenizer": toy_dataset.tokenizer_fingerprint[:16],
+                            "micro_batch": 24}
+    assert len(json.dumps(loader.state)) < 1000
+
+
+def test_a_state_of_other_data_is_refused(toy_dataset: Dataset, second: Dataset) -> None:
+    state = loader_of(toy_dataset, mixed_run(toy_dataset, second)).state
+    for other in (state | {"seed": 1}, {"seed": 0, "epoch": 0, "cursor": 4}):
+        with pytest.raises(DataError, match="place in the data"):
+            loader_of(toy_dataset, mixed_run(toy_dataset, second), state=other)
+    with pytest.raises(DataError, match=second.root[:16]):
+        loader_of(toy_dataset, toy_run(toy_dataset), state=state)
 
 
 def test_the_keys_of_a_step_are_known_without_training_to_it(toy_dataset: Dataset) -> None:
@@ -87,12 +183,12 @@ def test_corruption_is_keyed_by_sample_and_changes_with_the_epoch(toy_dataset: D
 
     def masked_ids(run: Run, *, steps: int) -> list[dict[str, list[int]]]:
         """For each epoch, the input ids of images that came with one caption only."""
-        loader, epochs = loader_of(toy_dataset, run), [{}, {}, {}, {}, {}, {}]
+        loader, epochs, seen = loader_of(toy_dataset, run), [{}, {}, {}], Counter()
         for _ in range(steps):
-            epoch = loader.state["epoch"]
             for batch in loader.next_step():
-                if len(batch.keys) == 1 and batch.num_captions == 1:
-                    epochs[epoch].setdefault(batch.keys[0], batch.state.ids.tolist())
+                if batch.num_captions == 1:
+                    epochs[seen[batch.keys[0]]][batch.keys[0]] = batch.state.ids.tolist()
+                seen.update(batch.keys)
         return epochs
 
     one_by_one = run.replace(batch=BatchConfig(micro_batches=8, text_tokens=64, captions=8, images=1))
