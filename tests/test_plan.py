@@ -50,6 +50,7 @@ def real_layers(run: Run) -> dict[str, torch.nn.Module]:
         return {name: build() for name, build in layer_builders(run, objective_of(run), PlainParts(), load_pretrained=False).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", PLANNED)
 def test_a_recipes_docstring_says_what_the_plan_says(recipe: str) -> None:
     for size, gpu_gb in PLANNED[recipe]:

@@ -229,6 +229,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_step_and_no_good_checkpoint_and_with_room_the_run_goes_on(toy_dataset: Dataset, tmp_path: Path,
                                                                                                 small_disk: Path,
                                                                                                 capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,6 +260,7 @@ def after_each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None])
     monkeypatch.setattr(train.Recorder, "step", record_and_act)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trouble", "said"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
 def test_a_disk_that_refuses_for_a_while_costs_no_step_and_no_good_checkpoint(toy_dataset: Dataset, tmp_path: Path, small_disk: Path,
                                                                               monkeypatch: pytest.MonkeyPatch,
@@ -293,6 +295,7 @@ def test_a_disk_that_refuses_for_a_while_costs_no_step_and_no_good_checkpoint(to
     assert main(["checkpoint", "verify", str(run_dir)]) == 0
 
 
+@pytest.mark.slow
 def test_checkpoints_that_vanish_cost_no_step_and_the_next_save_makes_their_folder_anew(toy_dataset: Dataset, tmp_path: Path,
                                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = tmp_path / "run"

@@ -110,6 +110,7 @@ def test_the_card_has_the_scores_of_these_very_weights(run_dir: Path, tmp_path: 
     assert "None yet." in (tmp_path / "stale/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_flm_opens_the_folder_as_it_opens_the_run(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All tasks score the same, and `flm caption` says the same."""
     copy = shutil.copytree(run_dir, tmp_path / "run")

@@ -73,6 +73,7 @@ def test_any_number_of_workers_gives_the_same_batches(toy_dataset: Dataset, seco
         assert_equal(step, loader.next_step())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
 def test_ranks_share_a_step_out_among_them(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]], size: int) -> None:
     ranks = [loader_of(toy_dataset, mixed_run(toy_dataset, second), rank=rank, size=size) for rank in range(size)]

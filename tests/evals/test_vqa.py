@@ -39,6 +39,7 @@ def score(run_dir: Path, dataset: Dataset, *, split: str = "test") -> dict[str, 
                         objective=objective_of(run), split=split)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_fine_tuning_learns_to_look_and_gives_the_same_numbers_twice(tmp_path: Path, dataset: Dataset) -> None:
     first, second = (score(tmp_path / name, dataset) for name in "ab")
