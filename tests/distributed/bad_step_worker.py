@@ -21,8 +21,8 @@ from tests.synthetic import random_batch
 
 STEPS = 3
 # By number of processes: (tensor, pipe, ZeRO stage, precision, template).
-LAYOUTS = {2: [(1, 1, zero, "fp32", "") for zero in range(4)] + [(1, 1, zero, "bf16", "") for zero in (1, 2, 3)]
-           + [(1, 2, 0, "fp32", ""), (1, 2, 1, "fp32", ""), (2, 1, 1, "fp32", ""), (2, 1, 3, "fp32", "")]
+LAYOUTS = {2: [(1, 1, zero, "fp32", "") for zero in range(4)] + [(1, 1, zero, "bf16", "") for zero in (1, 3)]
+           + [(1, 2, 0, "fp32", ""), (1, 2, 1, "fp32", ""), (2, 1, 3, "fp32", "")]
            + [(1, 1, 3, "fp32", "zero3-offload")] * HAS_COMPILER}
 
 
