@@ -29,7 +29,8 @@ def verify_checkpoints(run_dir: Path) -> None:
         try:
             open_checkpoint(folder, full=True)
         except CheckpointError as error:
-            damaged.append(str(error))
+            if folder.exists():  # else the run has pruned it meanwhile
+                damaged.append(str(error))
         else:
             print(f"{folder}: every file is as the manifest says")
     if damaged:

@@ -20,7 +20,17 @@ class MetricsLog:
     """Appends to a run's metrics."""
 
     def __init__(self, run_dir: Path, *, first_step: int | None = None) -> None:
-        """first_step: the step about to be trained; lines of an earlier attempt at it and at later ones are dropped."""
+        """first_step: the step about to be trained; lines of an earlier attempt at it and at later ones are dropped.
+
+        Raises DataError when the disk refuses, and as read_metrics does.
+        """
+        try:
+            self._open(run_dir, first_step)
+        except OSError as error:
+            raise DataError(f"{error.filename or run_dir}: cannot be written ({error.strerror}); the disk must be there, writable and have "
+                            "room") from error
+
+    def _open(self, run_dir: Path, first_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -82,3 +82,17 @@ def test_a_full_disk_delays_lines_and_ends_nothing(tmp_path: Path, capsys: pytes
     log.log(4, {"loss": 1.0})
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_on_a_full_disk_ends_with_one_line_and_keeps_the_lines_it_had(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.log(1, {"loss": 1.0})
+    log.close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written \(File too large\); the disk must be there, writable and have room"):
+            MetricsLog(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
