@@ -156,6 +156,29 @@ class TextConfig(Section):
         return self
 
 
+class AugmentConfig(Section):
+    """Random changes of training pictures, drawn anew each epoch and the same on any layout; all off by default. Evaluation has none."""
+
+    crop_scale: tuple[float, float] = Field((1.0, 1.0), strict=False)  # JSON has lists alone
+    """Share of the picture's area that is cut out at random, from and to; 1 to 1 takes the square in the middle, as evaluation does."""
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), strict=False)
+    """Width to height of what is cut out, from and to, before it is made square."""
+    flip: bool = False
+    """Mirror half of the pictures, drawn anew each epoch; captions that say left or right become wrong."""
+    randaugment_layers: int = Field(0, ge=0)
+    """Changes of colour or geometry in a row, each drawn from fourteen (RandAugment)."""
+    randaugment_magnitude: int = Field(9, ge=0, le=30)
+    """How strong they are, from 0 to 30."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ranges(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(f"data.augment.crop_scale ({self.crop_scale}) must be two shares of the area, the smaller first; try 0.5 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ConfigError(f"data.augment.crop_ratio ({self.crop_ratio}) must be two ratios above 0, the smaller first; try 0.75 1.33")
+        return self
+
+
 class DataConfig(Section):
     """Which prepared datasets are read, and by how many processes."""
 
@@ -177,6 +200,7 @@ class DataConfig(Section):
     """At most this many captions of one image go together; which ones changes with the epoch."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the images read cannot be decoded."""
+    augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
     def _lists_match(self) -> Self:

@@ -439,11 +439,9 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Cut, then scale (bicubic, antialiased)."""
+    """Cut at whole pixels, then scale (bicubic, antialiased)."""
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    if side == size:
-        return image.crop((int(left), int(top), int(left) + size, int(top) + size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 

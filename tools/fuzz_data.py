@@ -60,10 +60,13 @@ def check_tar(data: bytes) -> str:
 
 
 def check_image(data: bytes) -> str:
-    """Read the header, then decode."""
+    """Read the header, then decode, for training and for storage."""
     header = images.read_header(data, max_pixels=MAX_PIXELS)
     assert 0 < header.width * header.height <= MAX_PIXELS
     assert images.decode_image(data, size=8, max_pixels=MAX_PIXELS).shape == (3, 8, 8)
+    fitted = images.fit_image(data, size=8, mode="keep_ratio", max_pixels=MAX_PIXELS)
+    assert min(fitted.width, fitted.height) == min(8, header.width, header.height)
+    assert images.read_header(fitted.data)[1:] == (fitted.width, fitted.height)
     return "decoded"
 
 
@@ -162,7 +165,7 @@ def seeds() -> dict[str, list[bytes]]:
 def fuzz(*, minutes: float = 10.0, seed: int = 0, findings: Path = Path("fuzz-findings")) -> int:
     """Fuzz for so many minutes."""
     console, rng = Console(), random.Random(seed)
-    resource.setrlimit(resource.RLIMIT_AS, (4 * 1024**3, 4 * 1024**3))
+    images.limit_memory(4 * 1024**3)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"over {LIMIT_SECONDS} s")))
     warnings.simplefilter("error")
     pool, reached = seeds(), {kind: frozenset[int]() for kind in CHECKS}

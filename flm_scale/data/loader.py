@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flm_scale.batch import Batch, Example
-from flm_scale.config import DataConfig, Run, micro_steps
+from flm_scale.config import AugmentConfig, DataConfig, Run, micro_steps
 from flm_scale.data import shards
-from flm_scale.data.images import decode_image
+from flm_scale.data.augment import decode_augmented
 from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
 from flm_scale.errors import DataError
@@ -45,10 +45,10 @@ class MicroBatches(Dataset[Batch]):
     """Makes the micro-batch that an Order names; lives in the workers."""
 
     def __init__(self, index: shards.Index, token_ids: list[list[np.ndarray]], objective: Objective, *, seed: int, image_size: int,
-                 prefix: str = "") -> None:
-        """prefix: stands before every sample key, so that the keys of a mixture are distinct."""
+                 prefix: str = "", augment: AugmentConfig | None = None) -> None:
+        """prefix: stands before every sample key, so that the keys of a mixture are distinct.   augment: of training pictures."""
         self.index, self.token_ids, self.objective, self.seed, self.image_size = index, token_ids, objective, seed, image_size
-        self.prefix = prefix
+        self.prefix, self.augment = prefix, augment or AugmentConfig()
 
     def __getitem__(self, order: Order) -> Batch:
         """Read, decode, corrupt, pack."""
@@ -59,7 +59,8 @@ class MicroBatches(Dataset[Batch]):
             views = [view for caption in captions for view in self.objective.corrupt(
                 self.token_ids[image][caption], keyed_rng("corrupt", self.seed, order.epoch, key, caption))]
             try:
-                pixels[row] = decode_image(self.index.read_image(image), size=self.image_size)
+                pixels[row] = decode_augmented(self.index.read_image(image), size=self.image_size, augment=self.augment,
+                                               rng=keyed_rng("augment", self.seed, order.epoch, key))
             except DataError:
                 # The picture keeps its place, so that nothing behind it moves, and teaches nothing.
                 pixels[row] = 128
@@ -111,7 +112,7 @@ class Loader:
             self._shuffles.append(Shuffle(costs_of(token_ids, objective), shard_sizes, run.batch, seed=run.seed,
                                           captions_per_image=run.data.captions_per_image))
             sources.append(MicroBatches(index, token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
-                                        prefix=f"{number}/" if len(datasets) > 1 else ""))
+                                        prefix=f"{number}/" if len(datasets) > 1 else "", augment=run.data.augment))
         self._dataset = Mixture(sources)
         self._shares = mixture_shares(run.data.weights or [shuffle.length(0) for shuffle in self._shuffles])
         start: dict[str, Any] = {"seed": run.seed, "data": [dataset.root[:16] for dataset in datasets], "tokenizer": tokenizer.fingerprint[:16],

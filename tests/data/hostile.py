@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flm_scale.data.images import decode_image, read_header
+from flm_scale.data.images import decode_image, fit_image, limit_memory, read_header
 from flm_scale.data.tar import list_members, read_json, read_shard
 from flm_scale.errors import DataError
 
@@ -213,54 +213,55 @@ def _images() -> dict[str, tuple[bytes, str]]:
     tiff_loop = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8)
     tiff_huge = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010E, 2, 0xFFFFFFFF, 8) + bytes(4)
     return {
-        "png bomb of 30,000 x 30,000": (png(30_000, 30_000), "refused"),
-        "png that claims 4 billion": (png(2**31 - 1, 2, pixels=b""), "refused"),
-        "png without pixels": (png(0, 5), "refused"),
-        "jpeg bomb": (jpeg(65_500, 65_500), "refused"),
-        "webp bomb, extended": (webp(b"VP8X", bytes(4) + wide + wide), "refused"),
-        "webp bomb, lossless": (webp(b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14)), "refused"),
-        "webp bomb, lossy": (webp(b"VP8 ", bytes(3) + b"\x9d\x01\x2a" + side + side), "refused"),
-        "png profile that inflates to 200 MB": (png(extra=png_chunk(b"iCCP", b"a\0\0" + megabytes)), "refused"),
-        "png text that inflates to 200 MB": (png(extra=png_chunk(b"zTXt", b"a\0\0" + megabytes)), "refused"),
-        "png international text that inflates to 200 MB": (png(extra=png_chunk(b"iTXt", b"a\0\1\0\0\0" + megabytes)), "refused"),
-        "png with a thousand profiles": (png(extra=png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 1000), "refused"),
-        "png with a million empty chunks": (png(extra=png_chunk(b"teSt") * 1_000_000), "refused"),
+        "png bomb of 30,000 x 30,000": (png(30_000, 30_000), "refused pixels"),
+        "png that claims 4 billion": (png(2**31 - 1, 2, pixels=b""), "refused pixels"),
+        "png without pixels": (png(0, 5), "refused pixels"),
+        "jpeg bomb": (jpeg(65_500, 65_500), "refused pixels"),
+        "webp bomb, extended": (webp(b"VP8X", bytes(4) + wide + wide), "refused pixels"),
+        "webp bomb, lossless": (webp(b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14)), "refused pixels"),
+        "webp bomb, lossy": (webp(b"VP8 ", bytes(3) + b"\x9d\x01\x2a" + side + side), "refused pixels"),
+        "png profile that inflates to 200 MB": (png(extra=png_chunk(b"iCCP", b"a\0\0" + megabytes)), "refused damaged"),
+        "png text that inflates to 200 MB": (png(extra=png_chunk(b"zTXt", b"a\0\0" + megabytes)), "refused damaged"),
+        "png international text that inflates to 200 MB": (png(extra=png_chunk(b"iTXt", b"a\0\1\0\0\0" + megabytes)), "refused damaged"),
+        "png with a thousand profiles": (png(extra=png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000))) * 1000), "refused header"),
+        "png with a million empty chunks": (png(extra=png_chunk(b"teSt") * 1_000_000), "refused header"),
         "png pixels that inflate to 200 MB": (png(pixels=megabytes), "harmless"),
         "png of 4,000 x 4,000 transparent pixels": (_clear_png(4_000), "harmless"),
-        "png with a wrong checksum": (png()[:30] + b"\0" + png()[31:], "refused"),
+        "png with a wrong checksum": (png()[:30] + b"\0" + png()[31:], "refused damaged"),
         "png with two headers": (png(extra=png_chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 8, 0, 0, 0, 0)), pixels=zlib.compress(bytes(17 * 16))),
-                                 "refused"),
-        "png cut off": (encoded("PNG")[:-200], "refused"),
-        "png chunk longer than the file": (png()[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT" + bytes(50), "refused"),
+                                 "refused header"),
+        "png cut off": (encoded("PNG")[:-200], "refused damaged"),
+        "png chunk longer than the file": (png()[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT" + bytes(50), "refused damaged"),
         "animated png": (_saved(frames, "PNG"), "harmless"),
         "animated png with a frame outside": (png(extra=png_chunk(b"acTL", struct.pack(">II", 2, 0))
-                                                  + png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 99, 99, 0, 0, 1, 1, 0, 0))), "refused"),
-        "jpeg of 100,000 scans": (jpeg(8_000, 8_000, scans=100_000), "refused"),
+                                                  + png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 99, 99, 0, 0, 1, 1, 0, 0))), "refused damaged"),
+        "jpeg of 100,000 scans": (jpeg(8_000, 8_000, scans=100_000), "refused header"),
+        "sequential jpeg with 100,000 scans behind its only one": (jpeg(8_000, 8_000, frame=b"\xff\xc0", scans=100_000), "refused damaged"),
         "jpeg of 99 scans at the limit of pixels": (jpeg(8_000, 8_000, scans=99), "harmless"),
-        "jpeg of a million segments": (jpeg(extra=b"\xff\xe5\x00\x02" * 1_000_000), "refused"),
-        "jpeg of ten million filling bytes": (jpeg(extra=b"\xff" * 10_000_000), "refused"),
-        "jpeg of ten million stray bytes": (b"\xff\xd8\xff\xe5\x00\x02" + bytes(10_000_000) + jpeg()[2:], "refused"),
-        "jpeg with two frames": (jpeg(extra=b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 9, 9, 1) + b"\x01\x11\x00"), "refused"),
-        "jpeg scan without a frame": (b"\xff\xd8\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\xff\xd9", "refused"),
-        "jpeg of a lossless frame": (jpeg(frame=b"\xff\xc3"), "refused"),
-        "jpeg cut off": (still[:len(still) // 2], "refused"),
-        "jpeg header alone": (b"\xff\xd8\xff", "refused"),
+        "jpeg of a million segments": (jpeg(extra=b"\xff\xe5\x00\x02" * 1_000_000), "refused header"),
+        "jpeg of ten million filling bytes": (jpeg(extra=b"\xff" * 10_000_000), "refused header"),
+        "jpeg of ten million stray bytes": (b"\xff\xd8\xff\xe5\x00\x02" + bytes(10_000_000) + jpeg()[2:], "refused header"),
+        "jpeg with two frames": (jpeg(extra=b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 9, 9, 1) + b"\x01\x11\x00"), "refused header"),
+        "jpeg scan without a frame": (b"\xff\xd8\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\xff\xd9", "refused header"),
+        "jpeg of a lossless frame": (jpeg(frame=b"\xff\xc3"), "refused damaged"),
+        "jpeg cut off": (still[:len(still) // 2], "refused damaged"),
+        "jpeg header alone": (b"\xff\xd8\xff", "refused header"),
         "jpeg with a looping EXIF": (jpeg(extra=b"\xff\xe1" + struct.pack(">H", len(tiff_loop) + 2) + tiff_loop), "harmless"),
         "jpeg with an EXIF field of 4 GB": (jpeg(extra=b"\xff\xe1" + struct.pack(">H", len(tiff_huge) + 2) + tiff_huge), "harmless"),
         "jpeg in CMYK": (encoded("JPEG", "CMYK"), "harmless"),
         "jpeg that is a zip as well": (still + _zip({"evil.py": b"import os"}), "harmless"),
         "webp animated": (_saved(frames, "WEBP"), "harmless"),
-        "webp cut off": (encoded("WEBP")[:200], "refused"),
-        "webp of another canvas than picture": (webp(b"VP8X", bytes(4) + bytes(6)) + encoded("WEBP")[12:], "refused"),
-        "webp that lies about its length": (b"RIFF\xff\xff\xff\xff" + encoded("WEBP")[8:], "refused"),
-        "gif": (encoded("GIF"), "refused"),
-        "bmp": (encoded("BMP"), "refused"),
-        "tiff": (encoded("TIFF"), "refused"),
-        "eps, which Pillow hands to a program": (encoded("EPS"), "refused"),
-        "svg with entities": (b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><svg>&a;</svg>", "refused"),
-        "html": (b"<!doctype html><title>404</title>", "refused"),
-        "pickle": (PICKLE, "refused"),
-        "nothing": (b"", "refused"),
+        "webp cut off": (encoded("WEBP")[:200], "refused damaged"),
+        "webp of another canvas than picture": (webp(b"VP8X", bytes(4) + bytes(6)) + encoded("WEBP")[12:], "refused damaged"),
+        "webp that lies about its length": (b"RIFF\xff\xff\xff\xff" + encoded("WEBP")[8:], "refused damaged"),
+        "gif": (encoded("GIF"), "refused format"),
+        "bmp": (encoded("BMP"), "refused format"),
+        "tiff": (encoded("TIFF"), "refused format"),
+        "eps, which Pillow hands to a program": (encoded("EPS"), "refused format"),
+        "svg with entities": (b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><svg>&a;</svg>", "refused format"),
+        "html": (b"<!doctype html><title>404</title>", "refused format"),
+        "pickle": (PICKLE, "refused format"),
+        "nothing": (b"", "refused format"),
     }
 
 
@@ -309,6 +310,7 @@ def meet(kind: Literal["tar", "image", "json"], content: bytes, folder: Path) ->
         if kind == "image":
             header = read_header(content)
             assert decode_image(content, size=16).shape == (3, 16, 16)
+            assert max(fit_image(content, size=16, mode="center_crop", image_format="png")[2:4]) <= 16
             assert min(header.width, header.height) > 0
             return "harmless"
         if kind == "json":
@@ -354,7 +356,7 @@ def main() -> None:
     """Meet every file; a case that hangs ends the process, its name being the last line."""
     files = hostile_files()
     folder = Path(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    limit_memory(MEMORY_BYTES)
     for name, (kind, content, _) in files.items():
         print(json.dumps({"name": name}), flush=True)
         before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()

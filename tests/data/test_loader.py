@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flm_scale.batch import Batch
-from flm_scale.config import BatchConfig, DataConfig, FlmConfig, MlmConfig, Run
+from flm_scale.config import AugmentConfig, BatchConfig, DataConfig, FlmConfig, MlmConfig, Run
 from flm_scale.data.loader import Loader, mixture_shares, one_pass, open_mixture, place_in_mixture
 from flm_scale.data.shards import Dataset, write_dataset
 from flm_scale.data.tokens import Tokenizer
@@ -46,9 +46,9 @@ def second(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Da
 
 
 def mixed_run(dataset: Dataset, second: Dataset, **changes) -> Run:
-    """24 micro-batches a step, of two datasets, with at most two of an image's one to three captions: more than one epoch of each."""
-    run = toy_run(dataset)
-    return run.replace(data=run.data.replace(also=(second.folder,), weights=(2.0, 1.0), captions_per_image=2, **changes),
+    """24 micro-batches a step, of two augmented datasets, with at most two of an image's one to three captions: more than one epoch of each."""
+    run, augment = toy_run(dataset), AugmentConfig(crop_scale=(0.3, 1.0), flip=True)
+    return run.replace(data=run.data.replace(also=(second.folder,), weights=(2.0, 1.0), captions_per_image=2, augment=augment, **changes),
                        batch=run.batch.replace(micro_batches=24))
 
 
@@ -239,3 +239,16 @@ def test_packing_fills_batches(toy_dataset: Dataset) -> None:
     loader = loader_of(toy_dataset, run)
     fill = np.mean([loader.next_step()[0].num_tokens / 128 for _ in range(5)])
     assert fill > 0.8
+
+
+def test_training_pictures_change_with_the_epoch_and_those_of_validation_never(toy_dataset: Dataset) -> None:
+    run = toy_run(toy_dataset)
+    changed = run.replace(data=run.data.replace(augment=AugmentConfig(crop_scale=(0.3, 1.0))))
+    loader, pictures = loader_of(toy_dataset, changed), dict[str, set[bytes]]()
+    for _ in range(20):
+        for batch in loader.next_step():
+            for key, pixels in zip(batch.keys, batch.state.rows.numpy(), strict=True):
+                pictures.setdefault(key, set()).add(pixels.tobytes())
+    assert min(len(seen) for seen in pictures.values()) > 1
+    plain, also = (list(one_pass(one, toy_dataset.index("val"), *parts_of(toy_dataset, one))) for one in (run, changed))
+    assert_equal(plain, also)

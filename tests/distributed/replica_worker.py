@@ -34,7 +34,7 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
 def trained(words: list[str]) -> dict[str, Any]:
     """Train in this process, and return its exit code, the pictures it decoded, the bytes of pixels it held at a step and what it said."""
     decoded, pixel_bytes, console = 0, 0, io.StringIO()
-    decode, count = loader.decode_image, train.Recorder.count
+    decode, count = loader.decode_augmented, train.Recorder.count
 
     def decode_and_count(*args: Any, **more: Any) -> Any:
         nonlocal decoded
@@ -46,7 +46,7 @@ def trained(words: list[str]) -> dict[str, Any]:
         pixel_bytes = max(pixel_bytes, *(batch.state.rows.untyped_storage().nbytes() for batch in batches))
         count(self, batches)
 
-    with patch.object(loader, "decode_image", decode_and_count), patch.object(train.Recorder, "count", look_and_count), \
+    with patch.object(loader, "decode_augmented", decode_and_count), patch.object(train.Recorder, "count", look_and_count), \
             contextlib.redirect_stderr(console):
         code = main(words)
     return {"code": code, "decoded": decoded, "pixel_bytes": pixel_bytes, "console": console.getvalue()}
