@@ -1,21 +1,24 @@
 """Files from URLs that strangers wrote: public addresses only, bounded in bytes and in time. The only door to aiohttp.
 
 Every hop of a redirect goes through the same checks, and an address is checked where its socket is made: what was checked is what is connected
-to, whatever a second look-up would say. No cookies, credentials, proxies or compressed bodies. Retrying is the caller's; `FetchError.reason`
-says in one word what happened.
+to, whatever a second look-up would say. No cookies, credentials, proxies or compressed bodies. `FetchError.reason` says in one word what
+happened; what may pass is tried again as often as the caller says.
 """
 
 import asyncio
 import hashlib
 import ipaddress
+import itertools
+import queue
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -24,6 +27,9 @@ from yarl import URL
 from flm_scale.errors import DataError
 
 MAX_URL_LENGTH, MAX_REDIRECTS = 8192, 5
+RETRY_SECONDS = 0.5  # before the second try; twice as long before each further one
+# What may be better a moment later: kinds of failure, and their reasons.
+RETRIED = {"dns": "dns", "timeout": "timeout", "server": r"http_429|http_5\d\d|refused|disconnected|truncated"}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 USER_AGENT = "flm_scale/0.1 (image-text dataset preparation; honours X-Robots-Tag: noai, noimageai)"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -75,37 +81,73 @@ class FetchLimits:
     """Servers' owners read it; a large crawl should add an address where they can complain."""
 
 
-async def fetch_many(requests: Iterable[Request], *, concurrency: int = 64,
-                     limits: FetchLimits | None = None) -> AsyncIterator[tuple[int, Response | FetchError]]:
-    """Yield (number of the request, result) in the order in which they finish.
+class Fetcher:
+    """Fetches in a thread of its own, so that the caller works on what has come while more comes. Close it, or use it in a with statement.
 
-    Memory: at most concurrency x max_bytes, finished results that were not taken included; `requests` is read as places get free.
+    The caller decides how much is under way: at most `in_flight` x max_bytes of memory, finished results that were not taken included.
     """
-    limits = limits or FetchLimits()
-    waiting = enumerate(requests)
-    running: set[asyncio.Task[tuple[int, Response | FetchError]]] = set()
-    async with open_session(concurrency=concurrency, limits=limits) as session:
 
-        async def run(number: int, request: Request) -> tuple[int, Response | FetchError]:
-            try:
-                return number, await fetch(session, request, limits=limits)
-            except FetchError as error:
-                return number, error
+    def __init__(self, *, concurrency: int, limits: FetchLimits, retries: Mapping[str, int] | None = None) -> None:
+        """concurrency: connections at a time.   retries: more tries by kind of failure, RETRIED's words."""
+        self._concurrency, self._limits, self._retries = concurrency, limits, retries or {}
+        self._results: queue.SimpleQueue[tuple[int, Future[Response]]] = queue.SimpleQueue()
+        self._loop, self._closing, self._is_open = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+        self.in_flight = 0
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), name="fetch", daemon=True)
+        self._thread.start()
+        self._is_open.wait()
 
+    def submit(self, number: int, request: Request) -> None:
+        """Begin to fetch; `number` comes back with the result."""
+        self.in_flight += 1
+        future = asyncio.run_coroutine_threadsafe(self._fetch(request), self._loop)
+        future.add_done_callback(lambda done: self._results.put((number, done)))
+
+    def take(self, timeout: float | None = None) -> tuple[int, Response | FetchError] | None:
+        """Return (number, result) of one that has finished, in whatever order; None when nothing does within `timeout` seconds."""
         try:
-            while True:
-                while len(running) < concurrency and (entry := next(waiting, None)):
-                    running.add(asyncio.create_task(run(*entry)))
-                if not running:
-                    return
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in running if task.done()]:
-                    running.remove(task)
-                    yield task.result()
-        finally:
-            for task in running:
+            number, done = self._results.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        self.in_flight -= 1
+        try:
+            return number, done.result()
+        except FetchError as error:
+            return number, error
+
+    def close(self) -> None:
+        """Give up what is under way."""
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _serve(self) -> None:
+        async with open_session(concurrency=self._concurrency, limits=self._limits) as self._session:
+            self._is_open.set()
+            await self._closing.wait()
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _fetch(self, request: Request) -> Response:
+        left = dict(self._retries)
+        for pause in itertools.count():
+            try:
+                return await fetch(self._session, request, limits=self._limits)
+            except FetchError as error:
+                kind = next((kind for kind, reasons in RETRIED.items() if re.fullmatch(reasons, error.reason)), "")
+                if left.get(kind, 0) <= 0:
+                    raise
+                left[kind] -= 1
+            await asyncio.sleep(RETRY_SECONDS * 2**pause)
+        raise AssertionError  # the loop has no end
 
 
 @asynccontextmanager

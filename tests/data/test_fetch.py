@@ -1,6 +1,5 @@
 """Fetching from servers that mean harm: a word for every failure, and never a byte or a second more than allowed."""
 
-import asyncio
 import gzip
 import hashlib
 import socket
@@ -16,20 +15,12 @@ from pathlib import Path
 import pytest
 
 from flm_scale.data import fetch
-from flm_scale.data.fetch import FetchError, FetchLimits, Request, Response, fetch_many, is_public
+from flm_scale.data.fetch import Fetcher, FetchError, FetchLimits, Request, Response, is_public
+from tests.data.server import Server, answer, redirect
 
 PICTURE = bytes(range(256)) * 8
 LIMITS = FetchLimits(max_bytes=100_000, total_seconds=2.0, allow_loopback=True)
 ENDLESS = b"x" * 65536
-
-
-def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Content-Type: image/png", "Connection: close", *headers])
-    return head.encode("latin-1") + b"\r\n\r\n" + body
-
-
-def redirect(target: str) -> bytes:
-    return answer(b"", f"Location: {target}", status="302 Found")
 
 
 ANSWERS = {
@@ -76,77 +67,24 @@ ENDLESS_ANSWERS = {
 }
 
 
-class Server:
-    """Sends prepared bytes, in a thread of its own."""
-
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        self.tls, self.requests, self.loop, started = tls, [], asyncio.new_event_loop(), threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-
-    def _run(self, started: threading.Event) -> None:
-        async def serve() -> None:
-            self.stopping = asyncio.Event()
-            server = await asyncio.start_server(self._answer, "127.0.0.1", 0, ssl=self.tls, backlog=512)
-            self.port = server.sockets[0].getsockname()[1]
-            started.set()
-            await self.stopping.wait()
-            server.close()
-            answers = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in answers:
-                task.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
-            await asyncio.sleep(0)  # closed transports let go of their sockets
-
-        self.loop.set_exception_handler(lambda *_: None)  # clients that hang up
-        self.loop.run_until_complete(serve())
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            self.requests.append(head)
-            path = head.split()[1].partition("?")[0]
-            if path in ENDLESS_ANSWERS:
-                first, rest, pause = ENDLESS_ANSWERS[path]
-                writer.write(first)
-                while not writer.is_closing():
-                    writer.write(rest)
-                    await writer.drain()
-                    await asyncio.sleep(pause)
-            else:
-                writer.write(ANSWERS[path])
-                await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()
-            writer.close()
-
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http{'s' if self.tls else ''}://{host}:{self.port}{path}"
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.stopping.set)
-        self.thread.join(10)
-        self.loop.close()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = Server()
+    server = Server(ANSWERS, ENDLESS_ANSWERS)
     yield server
     server.stop()
 
 
-def get(*requests: Request | str, limits: FetchLimits = LIMITS, concurrency: int = 32) -> list[Response | FetchError]:
+def get(*requests: Request | str, limits: FetchLimits = LIMITS, concurrency: int = 32,
+        retries: dict[str, int] | None = None) -> list[Response | FetchError]:
     """Return the results in the order of the requests."""
-    async def collect() -> list[tuple[int, Response | FetchError]]:
-        wanted = (Request(one) if isinstance(one, str) else one for one in requests)
-        return [entry async for entry in fetch_many(wanted, concurrency=concurrency, limits=limits)]
-
-    return [result for _, result in sorted(asyncio.run(collect()), key=lambda entry: entry[0])]
+    waiting, results = list(enumerate(requests))[::-1], {}
+    with Fetcher(concurrency=concurrency, limits=limits, retries=retries) as fetcher:
+        while len(results) < len(requests):
+            while waiting and fetcher.in_flight < concurrency:
+                number, one = waiting.pop()
+                fetcher.submit(number, Request(one) if isinstance(one, str) else one)
+            number, results[number] = fetcher.take()
+    return [results[number] for number in range(len(requests))]
 
 
 def reason(result: Response | FetchError) -> str:
@@ -279,7 +217,7 @@ def test_certificate_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
                    check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
-    server = Server(context)
+    server = Server(ANSWERS, tls=context)
     try:
         assert reason(get(server.url("/good"))[0]) == "tls"
     finally:
@@ -300,26 +238,30 @@ def test_two_hundred_urls_of_which_a_tenth_is_bad_end_in_time_and_in_bounded_mem
     assert peak < 50 * LIMITS.max_bytes + 20_000_000
 
 
-def test_requests_are_read_no_faster_than_results_are_taken_and_leaving_early_cancels_the_rest(server: Server) -> None:
-    drawn = 0
+def test_closing_gives_up_what_is_under_way(server: Server) -> None:
+    started = time.monotonic()
+    with Fetcher(concurrency=4, limits=LIMITS) as fetcher:
+        for number, path in enumerate(["/good", "/slow-body", "/silent", "/endless-redirect"]):
+            fetcher.submit(number, Request(server.url(path)))
+        assert isinstance(fetcher.take()[1], Response)
+        assert fetcher.in_flight in (2, 3)
+    assert time.monotonic() - started < LIMITS.total_seconds
+    assert not [thread for thread in threading.enumerate() if thread.name == "fetch"]
 
-    def endless() -> Iterator[Request]:
-        nonlocal drawn
-        while True:
-            drawn += 1
-            yield Request(server.url("/good"))
 
-    async def take_ten() -> list[tuple[int, Response | FetchError]]:
-        taken = []
-        results = fetch_many(endless(), concurrency=4, limits=LIMITS)
-        async for entry in results:
-            taken.append(entry)
-            await asyncio.sleep(0.01)
-            assert drawn <= len(taken) + 4
-            if len(taken) == 10:
-                break
-        await results.aclose()
-        assert asyncio.all_tasks() == {asyncio.current_task()}
-        return taken
+@pytest.mark.parametrize(("path", "kind"), [("/500", "server"), ("/early-close", "server"), ("/slow-body", "timeout")])
+def test_what_may_pass_is_tried_again_as_often_as_its_kind_is_allowed(path: str, kind: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "RETRY_SECONDS", 0.01)
+    limits = FetchLimits(max_bytes=100_000, total_seconds=0.5, allow_loopback=True)
+    for retries, tries in (({}, 1), ({kind: 2}, 3), ({"dns": 5}, 1)):
+        before = len(server.requests)
+        (result,) = get(server.url(path), limits=limits, retries=retries)
+        assert isinstance(result, FetchError)
+        assert len(server.requests) - before == tries
 
-    assert all(isinstance(result, Response) for _, result in asyncio.run(take_ten()))
+
+def test_what_will_not_change_is_not_tried_again(server: Server) -> None:
+    before = len(server.requests)
+    results = get(*map(server.url, ["/404", "/gzip", "/to-private", "/opted-out"]), retries={"dns": 3, "timeout": 3, "server": 3})
+    assert [reason(result) for result in results] == ["http_404", "encoding", "private_address", "opted_out"]
+    assert len(server.requests) - before == 4
