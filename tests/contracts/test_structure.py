@@ -40,7 +40,7 @@ LAYERS = [
 DOORS = {
     "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/fleet.py", "webdataset": "data/shards.py",
     "open_clip": "model/vision.py", "timm": "model/vision.py", "sentencepiece": "data/tokens.py", "transformers": "export.py",
-    "aiohttp": "data/fetch.py", "simplejpeg": "data/images.py", "torchvision": "data/augment.py",
+    "aiohttp": "data/fetch.py", "simplejpeg": "data/images.py", "py3langid": "data/filters.py", "torchvision": "data/augment.py",
 }
 # Goes beside exported weights and runs without the rest of the package, so it can use no other file's door.
 ALONE = "export.py"

@@ -25,7 +25,9 @@ from PIL import Image
 from flm_scale.data.images import decode_image, fit_image, limit_memory, read_header
 from flm_scale.data.tar import list_members, read_json, read_shard
 from flm_scale.errors import DataError
+from tests.data.hostile_tables import annotation_files, csv_files, meet_table, parquet_files
 
+Kind = Literal["tar", "image", "json", "parquet", "csv", "annotations"]
 MEMORY_BYTES, SECONDS = 2 * 1024**3, 20
 TRAP = str(Path(tempfile.gettempdir()) / "flm_scale-hostile-trap")  # what loading the pickle would make, and nothing may
 
@@ -33,7 +35,7 @@ TRAP = str(Path(tempfile.gettempdir()) / "flm_scale-hostile-trap")  # what loadi
 class Hostile(NamedTuple):
     """A file and how reading it must end."""
 
-    kind: Literal["tar", "image", "json"]
+    kind: Kind
     content: bytes
     outcome: str
     """`refused`, with the reason where there is one; `rejected REASON` of the one bad sample among good ones; `harmless`."""
@@ -300,11 +302,12 @@ def _sidecars() -> dict[str, tuple[bytes, str]]:
 
 def hostile_files() -> dict[str, Hostile]:
     """Every file by its name."""
-    made: dict[Literal["tar", "image", "json"], dict[str, tuple[bytes, str]]] = {"tar": _tars(), "image": _images(), "json": _sidecars()}
+    made: dict[Kind, dict[str, tuple[bytes, str]]] = {"tar": _tars(), "image": _images(), "json": _sidecars(), "parquet": parquet_files(),
+                                                      "csv": csv_files(), "annotations": annotation_files()}
     return {f"{kind}: {name}": Hostile(kind, *entry) for kind, files in made.items() for name, entry in files.items()}
 
 
-def meet(kind: Literal["tar", "image", "json"], content: bytes, folder: Path) -> str:
+def meet(kind: Kind, content: bytes, folder: Path) -> str:
     """Read a file the way the data plane does and say how it ended."""
     try:
         if kind == "image":
@@ -317,6 +320,8 @@ def meet(kind: Literal["tar", "image", "json"], content: bytes, folder: Path) ->
             fields, num_null = read_json(content)
             json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
             return f"{num_null} null" if num_null else "harmless"
+        if kind in ("parquet", "csv", "annotations"):
+            return meet_table(kind, content, folder)
         file = folder / "hostile.tar"
         file.write_bytes(content)
         return _meet_tar(file)
