@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from flm_scale.config import Run
-from flm_scale.errors import ConfigError, ToldElsewhereError, UserError, did_you_mean
+from flm_scale.errors import ConfigError, DataError, ToldElsewhereError, UserError, did_you_mean
 from flm_scale.recipes import RECIPES
 
 RunDir = Annotated[Path, tyro.conf.Positional]
@@ -35,16 +35,23 @@ def data_demo(folder: RunDir, *, large: bool = False, overwrite: bool = False) -
     build_demo(folder, large=large, overwrite=overwrite)
 
 
-def data_verify(folder: RunDir) -> None:
-    """Compare every file of a dataset with its manifest."""
-    from flm_scale.data.shards import open_dataset, verify
-    from flm_scale.errors import DataError
+def data_verify(folder: RunDir, *, fast: tyro.conf.FlagCreatePairsOff[bool] = False, full: tyro.conf.FlagCreatePairsOff[bool] = False) -> None:
+    """Compare every byte of a dataset with what it states, every tar with its index, and the token ids with their captions' index.
 
+    Args:
+        folder: the dataset.
+        fast: sizes and the heads of files alone.
+        full: every byte, as without a flag.
+    """
+    from flm_scale.data.shards import open_dataset
+    from flm_scale.data.verify import verify
+
+    if fast and full:
+        raise ConfigError("--fast and --full exclude each other; give one of them")
     dataset = open_dataset(folder)
-    problems = verify(dataset)
-    if problems:
-        raise DataError(f"{folder}: {'; '.join(problems)}; build the dataset again")
-    print(f"{folder}: every file is as the manifest says ({dataset.root[:12]})")
+    if problems := verify(dataset, fast=fast):
+        raise DataError(f"{folder}: {'; '.join(problems)}; restore what is named, or make it again")
+    print(f"{folder}: every file {'has the size' if fast else 'is as'} the dataset states ({dataset.root[:12]})")
 
 
 def data_order(recipe: Annotated[str, tyro.conf.Positional], *, step: int) -> None:
@@ -69,6 +76,23 @@ def tokenizer_train(folder: RunDir, *, vocab_size: int = 8000) -> None:
     from flm_scale.data.demo import train_dataset_tokenizer
 
     print(train_dataset_tokenizer(folder, vocab_size=vocab_size))
+
+
+def tokenizer_encode(folder: RunDir, *, workers: int = os.cpu_count() or 1) -> None:
+    """Write the token ids of a dataset's captions beside its shards, by the tokenizer that it has; `flm tokenizer train` does so too.
+
+    Args:
+        folder: the dataset.
+        workers: threads that encode.
+    """
+    from flm_scale.data.shards import open_dataset
+    from flm_scale.data.sidecars import write_sidecars
+    from flm_scale.data.tokens import Tokenizer
+
+    dataset = open_dataset(folder)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer, workers=workers)
+    print(f"{folder}: token ids of {', '.join(dataset.splits)} by the tokenizer {tokenizer.fingerprint[:12]}")
 
 
 def tokenizer_show(folder: RunDir, texts: Annotated[list[str], tyro.conf.Positional] = []) -> None:  # noqa: B006 - tyro reads the default
@@ -200,7 +224,7 @@ def report(run_dir: RunDir) -> None:
 
 VERBS: dict[tuple[str, ...], Callable[..., None]] = {
     ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
-    ("tokenizer", "train"): tokenizer_train, ("tokenizer", "show"): tokenizer_show,
+    ("tokenizer", "train"): tokenizer_train, ("tokenizer", "encode"): tokenizer_encode, ("tokenizer", "show"): tokenizer_show,
     ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify, ("checkpoint", "reshard"): checkpoint_reshard,
     ("checkpoint", "diff"): checkpoint_diff, ("checkpoint", "export"): checkpoint_export,
     ("eval",): eval_run, ("caption",): caption, ("report",): report,

@@ -183,7 +183,7 @@ class DataConfig(Section):
     """Which prepared datasets are read, and by how many processes."""
 
     path: Path = Path("data/demo")
-    """Folder written by `flm data demo` (manifest.json, tokenizer.model, shards)."""
+    """Folder written by `flm data demo` (dataset.json, tokenizer.model, shards)."""
     also: tuple[Path, ...] = Field((), strict=False)  # JSON has lists alone
     """More datasets to train on, with the same tokenizer; validation and evaluation read the first one."""
     weights: tuple[float, ...] = Field((), strict=False)

@@ -96,7 +96,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
                       state=checkpoint.state["loader"] if checkpoint else None)
 
     def validation_pass() -> Iterator[Batch]:
-        yield from one_pass(run, dataset.index(run.log.validation_split), tokenizer, objective, rank=engine.data_index, size=layout.data)
+        yield from one_pass(run, dataset, run.log.validation_split, tokenizer, objective, rank=engine.data_index, size=layout.data)
 
     loader = ReplicaLoader(layout, rank=ranks.rank, build=training_loader, one_pass=validation_pass)
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
+from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import DataError
 
@@ -49,6 +50,7 @@ def write_toy(folder: Path, *, bad: frozenset[int] = frozenset()) -> Dataset:
     texts = (text for sample in samples for text in sample.captions + sample.questions)
     train_tokenizer(texts, vocab_size=80, model_file=dataset.tokenizer_file)
     tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
     dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
     return open_dataset(folder)
 

@@ -72,24 +72,27 @@ def test_a_finished_run_is_not_overwritten_unless_told(trained: Path, toy_datase
 
 @pytest.mark.parametrize(("damage", "message"), [
     ("truncated tar", r"00000.tar.*bytes"),
-    ("altered manifest", r"manifest.json.*(hash|root)"),
-    ("altered index", r"00000.parquet"),
+    ("altered manifest", r"dataset.json.*(hash|root)"),
+    ("altered index", r"index/train/00000.arrow"),
+    ("no token ids", r"flm tokenizer encode"),
     ("another tokenizer", r"tokenizer"),
     ("no tokenizer", r"tokenizer"),
 ])
 def test_a_damaged_dataset_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, message: str) -> None:
     folder = write_toy(tmp_path / "data").folder
-    tar, manifest, tokenizer = folder / "train" / "00000.tar", folder / "manifest.json", folder / "tokenizer.model"
+    tar, manifest, tokenizer = folder / "train" / "00000.tar", folder / "dataset.json", folder / "tokenizer.model"
     match damage:
         case "truncated tar":
             tar.write_bytes(tar.read_bytes()[:-5000])
         case "altered manifest":
             manifest.write_text(manifest.read_text().replace('"toy"', '"tou"'))
         case "altered index":
-            index = folder / "train" / "00000.parquet"
+            index = folder / "index" / "train" / "00000.arrow"
             content = bytearray(index.read_bytes())
             content[100] ^= 1
             index.write_bytes(content)
+        case "no token ids":
+            shutil.rmtree(folder / "tokens")
         case "another tokenizer":
             shutil.copy(write_toy_tokenizer(tmp_path), tokenizer)
         case "no tokenizer":

@@ -1,11 +1,15 @@
-"""The order of 400 million captions in 41,000 shards: what it costs to plan, to hold and to enter anywhere; and how full micro-batches are.
+"""The order of 400 million captions in 41,000 shards: what it costs to plan, to hold and to enter anywhere; how full micro-batches are; and what it
+costs to open a dataset of a million pictures for training.
 
 Lengths are drawn and stand in a file, mapped into memory as token sidecars would be, an image a caption; shards and budgets are those of flm_1b on
 LAION-400M. "Held" is memory that the process alone can give back; pages of the file, which the kernel drops when it wants them, stand beside it.
+The dataset that is opened has real indexes and token ids, and tars that are holes of the right size.
 
-    python -m tools.bench_data [--samples 400000000] [--shards 41000] [--seeks 100] [--folder DIR]
+    python -m tools.bench_data [--samples 400000000] [--shards 41000] [--seeks 100] [--opened 1000000] [--folder DIR]
 """
 
+import hashlib
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -16,8 +20,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flm_scale.config import BatchConfig
+from flm_scale.config import BatchConfig, DataConfig
+from flm_scale.data.index import write_index
+from flm_scale.data.loader import Loader, costs_of, open_mixture
+from flm_scale.data.manifest import Shard
 from flm_scale.data.order import Costs, Shuffle
+from flm_scale.data.shards import seal_dataset
+from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.objectives.objective import build_objective
 from flm_scale.recipes import flm_1b
 
 CONSOLE = Console(width=150)
@@ -32,12 +43,12 @@ def resident_mb() -> dict[str, float]:
 
 
 def draw_lengths(path: Path, *, samples: int, block: int = 10_000_000) -> None:
-    """Write one byte a caption: log-normal, 23 tokens on average, at most 64."""
+    """Write two bytes a caption, as token sidecars have them: log-normal, 23 tokens on average, at most 64."""
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
         for begin in range(0, samples, block):
             words = rng.standard_normal(min(block, samples - begin), np.float32) * np.float32(0.6) + np.float32(np.log(18))
-            file.write((np.clip(np.exp(words), 1, 62) + 2).astype(np.uint8).tobytes())
+            file.write((np.clip(np.exp(words), 1, 62) + 2).astype(np.uint16).tobytes())
 
 
 def first_fit(tokens: np.ndarray, views: np.ndarray, batch: BatchConfig) -> int:
@@ -56,8 +67,9 @@ def plan_large(path: Path, *, samples: int, shards: int, seeks: int) -> None:
     draw_lengths(path, samples=samples)
     shard_sizes = np.diff(np.linspace(0, samples, shards + 1).astype(np.int64)).tolist()
     before, started = resident_mb(), time.perf_counter()
-    tokens = np.memmap(path, np.uint8, mode="r")
-    shuffle = Shuffle(Costs(tokens, np.broadcast_to(np.uint8(1), samples)), shard_sizes, flm_1b().batch, seed=0, captions_per_image=1)
+    run, lengths_file = flm_1b(), np.asarray(np.memmap(path, np.uint16, mode="r"))
+    costs = costs_of(lengths_file, None, build_objective(run.objective, mask_id=Tokenizer.mask_id), longest=64)
+    shuffle = Shuffle(costs, shard_sizes, run.batch, seed=0, captions_per_image=1)
     built = time.perf_counter() - started
     lengths = [shuffle.length(epoch) for epoch in range(3)]
     rng = np.random.default_rng(1)
@@ -107,17 +119,80 @@ def compare_fill() -> None:
     CONSOLE.print(table)
 
 
-def main(*, samples: int = 400_000_000, shards: int = 41_000, seeks: int = 100, folder: Path | None = None) -> None:
-    """Print two tables.
+def write_large(folder: Path, *, samples: int, per_shard: int = 10_000, picture_bytes: int = 24_600) -> None:
+    """Write a dataset without pictures: captions of 1 to 62 of 8,000 words, their token ids, and tars that are holes."""
+    rng, entries = np.random.default_rng(0), []
+    words = np.array([hashlib.sha256(str(number).encode()).hexdigest()[:1 + number % 6].translate(str.maketrans("0123456789", "ghijklmnop"))
+                      for number in range(8000)])
+    for name in ("train", "index/train"):
+        (folder / name).mkdir(parents=True)
+    for number, first in enumerate(range(0, samples, per_shard)):
+        lengths = np.clip(np.exp(rng.normal(np.log(14), 0.6, min(per_shard, samples - first))), 1, 62).astype(int)
+        texts = np.split(words[(rng.random(lengths.sum()) ** 3 * len(words)).astype(int)], np.cumsum(lengths)[:-1])
+        rows = [{"key": f"{first + row:09d}", "captions": [" ".join(text)], "questions": [], "answers": [], "concept": "", "width": 256,
+                 "height": 256, "image_offset": 512 + row * picture_bytes, "image_bytes": picture_bytes - 512, "sha256": "0" * 64}
+                for row, text in enumerate(texts)]
+        entry = Shard(name=f"train/{number:05d}.tar", count=len(rows), captions=len(rows), bytes=len(rows) * picture_bytes, sha256="0" * 64,
+                      index_bytes=0, index_sha256="")
+        index = folder / entry.index_name
+        write_index(index, rows, ())
+        with (folder / entry.name).open("wb") as tar:
+            tar.truncate(entry.bytes)
+        digest = hashlib.sha256(index.read_bytes()).hexdigest()
+        entries.append(entry.model_copy(update={"index_bytes": index.stat().st_size, "index_sha256": digest}))
+    dataset = seal_dataset(folder, name="large", sources=[], splits={"train": entries}, readme="")
+    train_tokenizer((" ".join(words[begin:begin + 20]) for begin in range(0, len(words), 20)), vocab_size=8000, model_file=dataset.tokenizer_file)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    started = time.perf_counter()
+    write_sidecars(dataset, tokenizer)
+    CONSOLE.print(f"token ids of {samples:,} captions written in {time.perf_counter() - started:.0f} s")
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+
+
+def open_large(folder: Path) -> dict[str, str]:
+    """Return what it costs to open a dataset for training, up to the samples of the first step, and of one far away."""
+    run = flm_1b()
+    run = run.replace(data=DataConfig(path=folder, workers=0))
+    before, started = resident_mb(), time.perf_counter()
+    (dataset,) = open_mixture(run.data)
+    opened = time.perf_counter() - started
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    loader = Loader(run, [dataset], tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
+    built = time.perf_counter() - started
+    loader.keys_of_step(1)
+    first = time.perf_counter() - started
+    after = resident_mb()
+    started = time.perf_counter()
+    loader.keys_of_step(100_000)
+    return {"dataset opened": f"{opened:.2f} s", "loader built": f"{built:.2f} s", "samples of step 1 known": f"{first:.2f} s",
+            "samples of step 100,000 known": f"{time.perf_counter() - started:.2f} s more",
+            "held": f"{after['RssAnon'] - before['RssAnon']:.0f} MB; pages of files {after['RssFile'] - before['RssFile']:.0f} MB"}
+
+
+def compare_open(folder: Path, *, samples: int) -> None:
+    """Print it, of a process of its own."""
+    write_large(folder, samples=samples)
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        found = fresh.apply(open_large, (folder,))
+    table = Table("", "", title=f"opening {samples:,} pictures for training")
+    for row in found.items():
+        table.add_row(*row)
+    CONSOLE.print(table)
+
+
+def main(*, samples: int = 400_000_000, shards: int = 41_000, seeks: int = 100, opened: int = 1_000_000, folder: Path | None = None) -> None:
+    """Print three tables.
 
     Args:
-        samples: captions of the large order, a byte of disk each.
+        samples: captions of the large order, two bytes of disk each.
         shards: that they lie in.
         seeks: how many random places are entered.
-        folder: where the lengths stand; a temporary folder by default.
+        opened: pictures of the dataset that is opened; below 100,000 the holes would be hashed, and found out.
+        folder: where the lengths and the dataset stand; a temporary folder by default.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         plan_large(Path(temporary) / "lengths", samples=samples, shards=shards, seeks=seeks)
+        compare_open(Path(temporary) / "large", samples=opened)
     compare_fill()
 
 

@@ -11,7 +11,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from flm_scale.data.shards import MANIFEST, Dataset, Sample, check_room, open_dataset, write_dataset
+from flm_scale.data.manifest import DATASET
+from flm_scale.data.shards import Dataset, Sample, check_room, open_dataset, write_dataset
+from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.sources import Material, Package, fetch, members
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import DataError
@@ -30,7 +32,7 @@ Drawn, not photographic: it shows that a pipeline learns and proves nothing abou
 - Captions ("a teal triangle") are derived from the questions and answers, never from the pixels. A picture whose questions leave its
   colour or shape open has none and serves question answering only.
 - train: the official train pictures without three held-out concepts ({held_out}); val: these; test: the official test pictures.
-- manifest.json states every file's hash. `flm data demo DIR` builds the same bytes again.
+- shards.parquet states every file's hash, dataset.json that of all. `flm data demo DIR` builds the same bytes again.
 
 The majority answer to each question, without looking, is right on 67.0 % of the test questions: a VQA result must beat that.
 
@@ -51,7 +53,7 @@ def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, vo
 
     read, packages = (drawings.read_drawings, drawings.PACKAGES) if large else (read_easy_vqa, [EASY_VQA])
     sources = [package.source() for package in packages]
-    dataset = None if overwrite or not (folder / MANIFEST).exists() else open_dataset(folder)
+    dataset = None if overwrite or not (folder / DATASET).exists() else open_dataset(folder)
     if dataset and [source.model_dump() for source in dataset.manifest.sources] == sources:
         progress(f"{folder}: the dataset {dataset.name} is already there")
     else:
@@ -73,7 +75,7 @@ def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, vo
 
 
 def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
-    """Train on the train split's captions, questions and answers, and register the result; return a line that says so.
+    """Train on the train split's captions, questions and answers, write the token ids, and register the result; return a line that says so.
 
     Answers too: "yes" stands in no question.
     """
@@ -84,6 +86,7 @@ def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
     tokenizer = Tokenizer(fresh)
     dataset.drop_tokenizer()
     fresh.replace(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
     dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
     return f"{dataset.tokenizer_file}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:12]}"
 

@@ -42,7 +42,7 @@ GENERIC = re.compile(r"theme|collection|clipart by|clip art by|various|AIGA_|sym
 
 README = """# Emoji and clip art as image-text shards
 
-Drawn pictures of 128 x 128 pixels on white, each with one short caption, from packages (versions and hashes in manifest.json).
+Drawn pictures of 128 x 128 pixels on white, each with one short caption, from packages (versions and hashes in dataset.json).
 
 | part | licence | attribution |
 |---|---|---|

@@ -8,10 +8,11 @@ without a rank or a worker count in it, so a run goes on with the next sample on
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import count, islice
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from flm_scale.batch import Batch, Example
 from flm_scale.config import AugmentConfig, DataConfig, Run, micro_steps
 from flm_scale.data import shards
 from flm_scale.data.augment import decode_augmented
+from flm_scale.data.index import Index
 from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
+from flm_scale.data.sidecars import TokenIds
+from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.objectives.objective import Objective
-
-if TYPE_CHECKING:
-    from flm_scale.data.tokens import Tokenizer
 
 
 class Order(NamedTuple):
@@ -44,9 +45,11 @@ class Order(NamedTuple):
 class MicroBatches(Dataset[Batch]):
     """Makes the micro-batch that an Order names; lives in the workers."""
 
-    def __init__(self, index: shards.Index, token_ids: list[list[np.ndarray]], objective: Objective, *, seed: int, image_size: int,
+    def __init__(self, index: Index, token_ids: TokenIds | Sequence[Sequence[np.ndarray]], objective: Objective, *, seed: int, image_size: int,
                  prefix: str = "", augment: AugmentConfig | None = None) -> None:
-        """prefix: stands before every sample key, so that the keys of a mixture are distinct.   augment: of training pictures."""
+        """token_ids: of each caption of each image.   prefix: stands before every sample key, so that the keys of a mixture are distinct.
+        augment: of training pictures.
+        """
         self.index, self.token_ids, self.objective, self.seed, self.image_size = index, token_ids, objective, seed, image_size
         self.prefix, self.augment = prefix, augment or AugmentConfig()
 
@@ -56,8 +59,9 @@ class MicroBatches(Dataset[Batch]):
         images: list[list[Example]] = []
         keys, bad_keys = self.keys(order), []
         for row, ((image, captions), key) in enumerate(zip(order.entries, keys, strict=True)):
-            views = [view for caption in captions for view in self.objective.corrupt(
-                self.token_ids[image][caption], keyed_rng("corrupt", self.seed, order.epoch, key, caption))]
+            token_ids = self.token_ids[image]
+            views = [view for caption in captions
+                     for view in self.objective.corrupt(token_ids[caption], keyed_rng("corrupt", self.seed, order.epoch, key, caption))]
             try:
                 pixels[row] = decode_augmented(self.index.read_image(image), size=self.image_size, augment=self.augment,
                                                rng=keyed_rng("augment", self.seed, order.epoch, key))
@@ -93,7 +97,7 @@ class Mixture(Dataset[Batch]):
 class Loader:
     """Endless training micro-batches of one rank, a step at a time."""
 
-    def __init__(self, run: Run, datasets: Sequence[shards.Dataset], tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1,
+    def __init__(self, run: Run, datasets: Sequence[shards.Dataset], tokenizer: Tokenizer, objective: Objective, *, rank: int = 0, size: int = 1,
                  state: dict[str, Any] | None = None) -> None:
         """datasets: those of `open_mixture`.   rank, size: this process among the data-parallel ones.   state: to go on where an earlier run stopped.
 
@@ -104,14 +108,13 @@ class Loader:
         self._shuffles: list[Shuffle] = []
         sources = []
         for number, dataset in enumerate(datasets):
-            index = dataset.index("train")
-            token_ids = encode_captions(index, tokenizer, max_length=run.text.max_length)
-            if not any(token_ids):
+            token_ids = TokenIds(dataset, "train", tokenizer, max_length=run.text.max_length)
+            if not len(token_ids.lengths):
                 raise DataError(f"{dataset.folder}: the split has no caption to train on; build the dataset again")
-            shard_sizes = [shard.count for shard in dataset.manifest.splits["train"].shards]
-            self._shuffles.append(Shuffle(costs_of(token_ids, objective), shard_sizes, run.batch, seed=run.seed,
+            costs = costs_of(token_ids.lengths, token_ids.starts, objective, longest=run.text.max_length)
+            self._shuffles.append(Shuffle(costs, dataset.shards("train").counts, run.batch, seed=run.seed,
                                           captions_per_image=run.data.captions_per_image))
-            sources.append(MicroBatches(index, token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
+            sources.append(MicroBatches(dataset.index("train"), token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
                                         prefix=f"{number}/" if len(datasets) > 1 else "", augment=run.data.augment))
         self._dataset = Mixture(sources)
         self._shares = mixture_shares(run.data.weights or [shuffle.length(0) for shuffle in self._shuffles])
@@ -125,7 +128,8 @@ class Loader:
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step and move the state behind it."""
-        batches = list(islice(self._batches, self.micro_steps))
+        with _in_one_line():
+            batches = list(islice(self._batches, self.micro_steps))
         self.state = self.state | {"micro_batch": self.state["micro_batch"] + self.run.batch.micro_batches}
         return batches
 
@@ -150,7 +154,10 @@ class Loader:
 
 
 def open_mixture(config: DataConfig) -> list[shards.Dataset]:
-    """Open the datasets that a run trains on, the first one first. Raises DataError when one is not as expected or has another tokenizer."""
+    """Open the datasets that a run trains on, the first one first.
+
+    Raises DataError when one is not as expected, has another tokenizer, or no token ids.
+    """
     first = shards.open_dataset(config.path, manifest_hash=config.manifest_hash, tokenizer_hash=config.tokenizer_hash)
     others = [shards.open_dataset(path, manifest_hash=manifest_hash)
               for path, manifest_hash in zip(config.also, config.also_hashes or [""] * len(config.also), strict=True)]
@@ -158,7 +165,10 @@ def open_mixture(config: DataConfig) -> list[shards.Dataset]:
         if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise DataError(f"dataset {other.folder} has the tokenizer {other.tokenizer_fingerprint[:12] or '(none)'}; {first.folder} has "
                             f"{first.tokenizer_fingerprint[:12] or '(none)'}; a run has one: build both with the same, or leave data.also out")
-    return [first, *others]
+    datasets, tokenizer = [first, *others], Tokenizer(first.tokenizer_file)
+    for dataset in datasets:
+        TokenIds(dataset, "train", tokenizer)  # before a run makes its directory
+    return datasets
 
 
 def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
@@ -181,30 +191,39 @@ def place_in_mixture(number: int, shares: Sequence[Fraction]) -> tuple[int, int]
     raise AssertionError("the last share is 1")
 
 
-def one_pass(run: Run, index: shards.Index, tokenizer: "Tokenizer", objective: Objective, *, rank: int = 0, size: int = 1) -> Iterator[Batch]:
+def one_pass(run: Run, dataset: shards.Dataset, split: str, tokenizer: Tokenizer, objective: Objective, *, rank: int = 0,
+             size: int = 1) -> Iterator[Batch]:
     """Yield every caption of a split once, in order, with corruption that never changes; all ranks get equally many batches."""
-    token_ids = encode_captions(index, tokenizer, max_length=run.text.max_length)
-    plan = plan_in_order(costs_of(token_ids, objective), run.batch)
+    token_ids = TokenIds(dataset, split, tokenizer, max_length=run.text.max_length)
+    plan = plan_in_order(costs_of(token_ids.lengths, token_ids.starts, objective, longest=run.text.max_length), run.batch)
     orders = [Order(0, entries) for entries in plan]
     orders += [Order(0, plan[-1], counts=False)] * (-len(plan) % size)
-    dataset = MicroBatches(index, token_ids, objective, seed=run.seed, image_size=run.vision.image_size)
-    yield from torch_loader(dataset, orders[rank::size], workers=run.data.workers)
+    batches = MicroBatches(dataset.index(split), token_ids, objective, seed=run.seed, image_size=run.vision.image_size)
+    with _in_one_line():
+        yield from torch_loader(batches, orders[rank::size], workers=run.data.workers)
 
 
-def encode_captions(index: shards.Index, tokenizer: "Tokenizer", *, max_length: int) -> list[list[np.ndarray]]:
-    """Return the token ids of every image's captions; captions without content are dropped."""
-    encoded: dict[str, np.ndarray] = {}
-    for caption in {caption for captions in index.captions for caption in captions}:
-        encoded[caption] = np.array(tokenizer.encode(caption, max_length=max_length), np.int32)
-    return [[encoded[caption] for caption in captions if len(encoded[caption]) > 2] for captions in index.captions]
+class LookedUp:
+    """A table's value for each caption's length. Lengths stay mapped: only those that are asked for are looked up."""
+
+    def __init__(self, table: np.ndarray, lengths: np.ndarray) -> None:
+        """table: [longest + 1]; greater lengths count as the longest."""
+        self.table, self.lengths = table, lengths
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return len(self.lengths)
+
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
+        """Return some captions' values."""
+        values: np.ndarray = self.table.take(self.lengths[places], mode="clip")
+        return values
 
 
-def costs_of(token_ids: list[list[np.ndarray]], objective: Objective) -> Costs:
-    """Return what each caption of each image takes in a batch."""
-    lengths = np.array([len(ids) for captions in token_ids for ids in captions], np.int64)
-    views_of = np.array([objective.num_views(length) for length in range(lengths.max(initial=0) + 1)], np.int64)
-    starts = np.concatenate([[0], np.cumsum([len(captions) for captions in token_ids])]).astype(np.int64)
-    return Costs(lengths * views_of[lengths], views_of[lengths], starts)
+def costs_of(lengths: np.ndarray, starts: np.ndarray | None, objective: Objective, *, longest: int) -> Costs:
+    """Return what each caption takes in a batch. lengths, starts: of `TokenIds`.   longest: captions are cut to so many tokens."""
+    views = np.array([objective.num_views(length) for length in range(longest + 1)], np.int64)
+    return Costs(LookedUp(np.arange(longest + 1) * views, lengths), LookedUp(views, lengths), starts)
 
 
 def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Order], *, workers: int) -> "DataLoader[Batch]":
@@ -214,6 +233,15 @@ def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Ord
     """
     return DataLoader(dataset, batch_size=None, sampler=orders, num_workers=workers, prefetch_factor=4 if workers else None,
                       pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm, generator=torch.Generator())
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Let a worker's DataError say what it said there: torch puts the worker's traceback before it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
 
 
 def outlive_sigterm(_worker: int) -> None:

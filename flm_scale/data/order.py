@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,12 +37,19 @@ class Entry(NamedTuple):
 MicroBatch = tuple[Entry, ...]
 
 
-class Costs(NamedTuple):
-    """What each caption of a split takes in a batch, captions of one image together. Any arrays that can be sliced, memory-mapped ones too."""
+class Numbers(Protocol):
+    """An array of one dimension that can be sliced: one in memory, a mapped one, or one that is worked out as it is asked for."""
 
-    tokens: np.ndarray
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: slice | np.ndarray, /) -> np.ndarray: ...
+
+
+class Costs(NamedTuple):
+    """What each caption of a split takes in a batch, captions of one image together."""
+
+    tokens: Numbers
     """[captions] text tokens, over all views."""
-    views: np.ndarray
+    views: Numbers
     """[captions] how often the objective shows it."""
     starts: np.ndarray | None = None
     """[images + 1] where each image's captions begin; None for one caption an image."""
@@ -94,7 +101,7 @@ class Shuffle:
     fit into a batch, takes part with as many as fit, beginning with one that is drawn anew each epoch.
     """
 
-    def __init__(self, costs: Costs, shard_sizes: Sequence[int], batch: BatchConfig, *, seed: int, captions_per_image: int) -> None:
+    def __init__(self, costs: Costs, shard_sizes: Sequence[int] | np.ndarray, batch: BatchConfig, *, seed: int, captions_per_image: int) -> None:
         """shard_sizes: images of each shard, in the order of the split."""
         self.costs, self.batch, self.seed, self.captions_per_image = costs, batch, seed, captions_per_image
         assert sum(shard_sizes) == costs.num_images, "the shards are those of the split"
@@ -217,12 +224,12 @@ def plan_in_order(costs: Costs, batch: BatchConfig) -> list[MicroBatch]:
 
     One is closed when the next image does not fit. Only an image that does not fit an empty one is cut in several.
     """
-    assert costs.starts is not None, "an evaluated split states its captions"
-    token_sums, view_sums = ([0, *np.cumsum(values).tolist()] for values in (costs.tokens, costs.views))
+    starts = np.arange(costs.num_images + 1) if costs.starts is None else costs.starts
+    token_sums, view_sums = ([0, *np.cumsum(values[:]).tolist()] for values in (costs.tokens, costs.views))
     plan: list[MicroBatch] = []
     entries: list[Entry] = []
     opened = 0  # the first caption of the open micro-batch
-    for image, (start, end) in enumerate(pairwise(costs.starts.tolist())):
+    for image, (start, end) in enumerate(pairwise(starts.tolist())):
         begin = start
         while begin < end:
             fitting = _end_of_fitting(token_sums, view_sums, begin, end, batch)

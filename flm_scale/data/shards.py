@@ -1,31 +1,47 @@
-"""A prepared dataset on disk: tar shards as img2dataset writes them, an index beside each, one manifest. The only door to webdataset.
+"""A dataset on disk: tar shards as img2dataset writes them, an index beside each, one manifest. The only door to webdataset.
 
-`write_dataset` turns samples into DIR/SPLIT/00000.tar and .parquet; the same samples give the same bytes, and manifest.json comes last,
-so that a killed build never looks complete. `open_dataset` checks all of it before the first step. Reading goes through the index's
-offsets, never through a tar parser, and never unpickles anything.
+`write_shard` turns samples into a tar, its index and, where it was prepared, img2dataset's table and counts; `seal_dataset` states them all in
+shards.parquet and dataset.json, which comes last, so that a killed build never looks complete. The same samples give the same bytes.
+`open_dataset` checks all of it before the first step.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from flm_scale.data.index import Index, write_index
+from flm_scale.data.manifest import (
+    DATASET,
+    FORMAT_1,
+    SHARDS,
+    Manifest,
+    Preparation,
+    Shard,
+    Shards,
+    Source,
+    Split,
+    TokenizerEntry,
+    index_name,
+    replaced,
+    stats_name,
+)
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
 from flm_scale.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SAMPLES_PER_SHARD = 1000
 HASHED_ON_OPEN_BYTES = 2 * 1024**3  # up to here reading everything takes seconds
-MAX_OPEN_SHARDS = 256  # well below the usual limit of 1024 open files a process
-MANIFEST, UNFINISHED, TOKENIZER = "manifest.json", ".unfinished", "tokenizer.model"
+UNFINISHED, TOKENIZER, TOKENS = ".unfinished", "tokenizer.model", "tokens"
+PICTURES = frozenset({"jpg", "png", "webp"})
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Sample:
 
     key: str
     image: bytes
-    image_format: Literal["png", "jpg"]
+    image_format: Literal["jpg", "png", "webp"]
     captions: list[str]
     questions: list[str]
     answers: list[str]
@@ -44,138 +60,152 @@ class Sample:
     height: int
     extras: Mapping[str, Any] = field(default_factory=dict)
     """More JSON fields for the shard (source, licence, ...); training does not read them."""
+    columns: Mapping[str, int | float | str] = field(default_factory=dict)
+    """More columns for the index, the same in every sample of a shard: original_width, original_height, original_sha256, phash, and scores."""
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+def write_shard(folder: Path, name: str, samples: Iterable[Sample], *, table: "Callable[[], pa.Table] | None" = None,
+                stats: Callable[[], Mapping[str, Any]] | None = None, attempt: int = 0) -> Shard:
+    """Write samples, in the order given, as one shard, and return its entry. One picture is held at a time.
+
+    name: "train/00000.tar".   table: called when all samples are written, for the shard's table of input rows.   stats: likewise, for its counts and
+    times, written last.   attempt: stands in temporary names: two writers of the same samples do not meet, and give the same bytes.
+    Raises DataError when two samples share a key, or a key is more than letters, digits, '-' and '_'.
+    """
+    from pyarrow import parquet
+
+    tar, index = folder / name, folder / index_name(name)
+    for parent in (tar.parent, index.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with replaced(tar, attempt) as part:
+        _write_tar(part, samples, rows)
+        pictures = (member for member in list_members(part) if member.extension in PICTURES)  # places are read back, not calculated
+        for row, picture in zip(rows, pictures, strict=True):
+            row |= {"image_offset": picture.offset, "image_bytes": picture.size}
+        size, sha256 = part.stat().st_size, _file_sha256(part)
+    with replaced(index, attempt) as part:
+        write_index(part, rows, rows[0]["columns"] if rows else ())
+        entry = Shard(name=name, count=len(rows), captions=sum(len(row["captions"]) for row in rows), bytes=size, sha256=sha256,
+                      index_bytes=part.stat().st_size, index_sha256=_file_sha256(part))
+    if table:
+        with replaced(folder / entry.table_name, attempt) as part:
+            parquet.write_table(table(), part)
+            entry = entry.model_copy(update={"table_bytes": part.stat().st_size, "table_sha256": _file_sha256(part)})
+    if stats:
+        with replaced(folder / stats_name(name), attempt) as part:
+            part.write_text(json.dumps({**stats(), "shard": entry.model_dump()}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return entry
 
 
-class Source(_Entry):
-    """A package that the pictures or words come from."""
-
-    package: str
-    version: str
-    sha256: str
-    license: str
-
-
-class Shard(_Entry):
-    """One tar and its index."""
-
-    name: str = Field(pattern=r"^[a-z0-9_]+/\d{5}\.tar$")
-    count: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
-
-    @property
-    def index_name(self) -> str:
-        """Path of the index, relative to the dataset."""
-        return self.name.removesuffix(".tar") + ".parquet"
+def read_committed_shard(folder: Path, name: str) -> Shard | None:
+    """Return the entry of a prepared shard that is complete: its counts are there, and its files have the sizes that they tell."""
+    try:
+        entry = Shard.model_validate(json.loads((folder / stats_name(name)).read_bytes())["shard"])
+        complete = entry.name == name and all((folder / file).stat().st_size == size for file, size, _ in entry.files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return entry if complete else None
 
 
-class Split(_Entry):
-    """Totals and shards of train, val or test."""
+def seal_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str]], splits: Mapping[str, Sequence[Shard]],
+                 preparation: Mapping[str, Any] | None = None, readme: str) -> "Dataset":
+    """State the shards of each split, in order, as a dataset: writes shards.parquet, README.md and dataset.json.
 
-    images: int
-    captions: int
-    shards: list[Shard]
-
-
-class TokenizerEntry(_Entry):
-    """The tokenizer that belongs to the dataset."""
-
-    file: Literal["tokenizer.model"] = "tokenizer.model"
-    fingerprint: str
-    vocab_size: int
-
-
-class Manifest(_Entry):
-    """Everything that decides what the dataset says; `root` is the hash of the rest."""
-
-    format: Literal[1] = 1
-    name: str
-    sources: list[Source]
-    splits: dict[str, Split]
-    tokenizer: TokenizerEntry | None = None
-    root: str = ""
-
-    def computed_root(self) -> str:
-        """Return the sha256 of the canonical JSON of everything except `root`."""
-        content = self.model_dump(exclude={"root"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def write(self, folder: Path) -> "Manifest":
-        """Write manifest.json in one step, with its root; return what was written."""
-        final = self.model_copy(update={"root": self.computed_root()})
-        part = folder / (MANIFEST + ".part")
-        part.write_text(json.dumps(final.model_dump(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        part.replace(folder / MANIFEST)
-        return final
+    preparation: the fields of `Preparation`. What killed writers left is removed: none may be at work any more.
+    """
+    for part in folder.rglob(".*.part"):
+        part.unlink()
+    shards = Shards.of(chain.from_iterable(splits.values()))
+    digest = shards.write(folder)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+    manifest = Manifest(name=name, sources=[Source(**source) for source in sources], shards_sha256=digest,
+                        splits={split: Split.of(shards.of_split(split)) for split in splits},
+                        preparation=Preparation.model_validate(preparation) if preparation else None)
+    return Dataset(folder, manifest.write(folder), shards)
 
 
-class Index:
-    """The columns of one split, in shard order; pictures are read by offset. Cheap to send to the loader's processes."""
+def write_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str]], splits: Mapping[str, Iterable[Sample]],
+                  readme: str, overwrite: bool = False) -> "Dataset":
+    """Write samples, in the order given, as a new dataset.
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        """Read the split's parquet files. Raises DataError when one is no index of ours."""
-        self._paths = [folder / shard.name for shard in shards]
-        self._open_files: dict[int, int] = {}
-        self.keys: list[str] = []
-        self.captions: list[list[str]] = []
-        self.questions: list[list[str]] = []
-        self.answers: list[list[str]] = []
-        self.concepts: list[str] = []
-        self._places: list[tuple[int, int, int, str]] = []  # shard, offset, bytes, sha256
-        for number, shard in enumerate(shards):
-            table = _read_index(folder, shard)
-            self.keys += table["key"]
-            self.captions += table["captions"]
-            self.questions += table["questions"]
-            self.answers += table["answers"]
-            self.concepts += table["concept"]
-            self._places += zip([number] * shard.count, table["image_offset"], table["image_bytes"], table["sha256"], strict=True)
+    Raises DataError when the folder holds anything but an unfinished build of ours (`overwrite` also replaces a dataset), when two
+    samples share a key, and when a key is more than letters, digits, '-' and '_'.
+    """
+    _make_room(folder, overwrite=overwrite)
+    keys: set[str] = set()
 
-    def __len__(self) -> int:
-        """Return the number of pictures."""
-        return len(self.keys)
+    def with_fresh_keys(samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            if sample.key in keys:
+                raise _unusable_key(folder, sample.key)
+            keys.add(sample.key)
+            yield sample
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the file descriptors behind: they mean nothing in another process."""
-        return {**self.__dict__, "_open_files": {}}
+    entries: dict[str, list[Shard]] = {}
+    for split, samples in splits.items():
+        entries[split], rest = [], with_fresh_keys(samples)
+        for first in rest:
+            chunk = chain([first], islice(rest, SAMPLES_PER_SHARD - 1))
+            entries[split].append(write_shard(folder, f"{split}/{len(entries[split]):05d}.tar", chunk))
+    dataset = seal_dataset(folder, name=name, sources=sources, splits=entries, readme=readme)
+    (folder / UNFINISHED).unlink()
+    return dataset
 
-    def read_image(self, number: int) -> bytes:
-        """Return the encoded picture. Raises DataError when its bytes are not those of the manifest."""
-        shard, offset, size, sha256 = self._places[number]
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-        except OSError as error:
-            raise DataError(f"shard {self._paths[shard]}: sample {self.keys[number]} cannot be read ({error}); restore the file") from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise DataError(f"shard {self._paths[shard]}: sample {self.keys[number]} is not the picture that the index states "
-                            f"(sha256 {sha256[:12]}); build the dataset again or restore the shard")
-        return data
 
-    def _descriptor(self, shard: int) -> int:
-        """Open once. A fork may share descriptors: pread moves no file position."""
-        if shard not in self._open_files:
-            if len(self._open_files) == MAX_OPEN_SHARDS:
-                os.close(self._open_files.pop(next(iter(self._open_files))))
-            self._open_files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._open_files[shard]
+def check_room(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise DataError unless `write_dataset` may write here."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; choose a folder")
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if present & {DATASET, FORMAT_1} and not overwrite:
+        raise DataError(f"{folder} holds another dataset; choose an empty folder, or overwrite it")
+    if present and not present & {DATASET, FORMAT_1, UNFINISHED}:
+        raise DataError(f"{folder} holds files that are not a dataset's ({min(present)}); choose an empty folder")
 
-    def __del__(self) -> None:
-        """Give the descriptors back."""
-        for descriptor in getattr(self, "_open_files", {}).values():
-            os.close(descriptor)
+
+def _make_room(folder: Path, *, overwrite: bool) -> None:
+    """Leave the folder empty but for the mark that says: everything in here is ours to clear."""
+    check_room(folder, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+    for manifest in (DATASET, FORMAT_1):
+        (folder / manifest).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+
+
+def _write_tar(part: Path, samples: Iterable[Sample], rows: list[dict[str, Any]]) -> None:
+    """Write the samples and add what is known of each, without its picture, to `rows`."""
+    import webdataset
+
+    keys: set[str] = set()
+    with part.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+        for sample in samples:
+            if sample.key in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", sample.key):
+                raise _unusable_key(part.parent, sample.key)
+            keys.add(sample.key)
+            row = {name: value for name, value in vars(sample).items() if name not in {"image", "image_format", "extras"}}
+            row["sha256"] = hashlib.sha256(sample.image).hexdigest()
+            about = {name: value for name, value in row.items() if name != "columns"} | dict(sample.extras)
+            writer.write({"__key__": sample.key, sample.image_format: sample.image, "txt": (sample.captions or [""])[0].encode(),
+                          "json": json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()})
+            assert not rows or rows[0]["columns"].keys() == sample.columns.keys(), "samples of a shard have the same columns"
+            rows.append({**row, **sample.columns})
+
+
+def _unusable_key(folder: Path, key: str) -> DataError:
+    return DataError(f"{folder}: sample key '{key}' is taken or has other characters than A-Z a-z 0-9 - _; rename it")
 
 
 class Dataset:
     """An opened dataset."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: Path, manifest: Manifest, shards: Shards) -> None:
+        self.folder, self.manifest, self._shards = folder, manifest, shards
 
     @property
     def root(self) -> str:
@@ -202,119 +232,27 @@ class Dataset:
         """Names of the splits, sorted."""
         return sorted(self.manifest.splits)
 
-    def index(self, split: str) -> Index:
-        """Load the columns of a split. Raises DataError when there is none of that name."""
-        if split not in self.manifest.splits:
-            raise DataError(f"{self.folder} has no split '{split}'; choose one of {', '.join(self.splits)}")
-        return Index(self.folder, self.manifest.splits[split].shards)
+    def shards(self, *splits: str) -> Shards:
+        """Return the shards of some splits, one split behind the other; without a name, of all. Raises DataError when there is none of that name."""
+        for split in splits:
+            if split not in self.manifest.splits:
+                raise DataError(f"{self.folder} has no split '{split}'; choose one of {', '.join(self.splits)}")
+        return self._shards.of_split(*splits) if splits else self._shards
+
+    def index(self, *splits: str) -> Index:
+        """Return the columns of some splits, one split behind the other. Raises DataError when there is none of that name."""
+        return Index(self.folder, self.shards(*splits))
 
     def drop_tokenizer(self) -> None:
         """Register none, before tokenizer.model is replaced: a kill between the two files must leave a dataset that opens."""
         self.manifest = self.manifest.model_copy(update={"tokenizer": None}).write(self.folder)
+        if (self.folder / TOKENS).exists():
+            shutil.rmtree(self.folder / TOKENS)
 
     def set_tokenizer(self, fingerprint: str, vocab_size: int) -> None:
-        """Register the file tokenizer.model; the dataset gets a new root."""
+        """Register the file tokenizer.model, whose token ids are there; the dataset gets a new root."""
         entry = TokenizerEntry(fingerprint=fingerprint, vocab_size=vocab_size)
         self.manifest = self.manifest.model_copy(update={"tokenizer": entry}).write(self.folder)
-
-
-def write_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str]], splits: Mapping[str, Iterable[Sample]],
-                  readme: str, overwrite: bool = False) -> Dataset:
-    """Write samples, in the order given, as a new dataset.
-
-    Raises DataError when the folder holds anything but an unfinished build of ours (`overwrite` also replaces a dataset), when two
-    samples share a key, and when a key is more than letters, digits, '-' and '_'.
-    """
-    _make_room(folder, overwrite=overwrite)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    keys: set[str] = set()
-    entries = {}
-    for split, samples in splits.items():
-        (folder / split).mkdir()
-        shards: list[Shard] = []
-        rest, captions = iter(samples), 0
-        while chunk := list(islice(rest, SAMPLES_PER_SHARD)):
-            for sample in chunk:
-                if sample.key in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", sample.key):
-                    raise DataError(f"{folder}: sample key '{sample.key}' is taken or has other characters than A-Z a-z 0-9 - _; rename it")
-                keys.add(sample.key)
-            shards.append(_write_shard(folder, f"{split}/{len(shards):05d}.tar", chunk))
-            captions += sum(len(sample.captions) for sample in chunk)
-        entries[split] = Split(images=sum(shard.count for shard in shards), captions=captions, shards=shards)
-    manifest = Manifest(name=name, sources=[Source(**source) for source in sources], splits=entries).write(folder)
-    (folder / UNFINISHED).unlink()
-    return Dataset(folder, manifest)
-
-
-def check_room(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise DataError unless `write_dataset` may write here."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; choose a folder")
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if MANIFEST in present and not overwrite:
-        raise DataError(f"{folder} holds another dataset; choose an empty folder, or overwrite it")
-    if present and not present & {MANIFEST, UNFINISHED}:
-        raise DataError(f"{folder} holds files that are not a dataset's ({min(present)}); choose an empty folder")
-
-
-def _make_room(folder: Path, *, overwrite: bool) -> None:
-    """Leave the folder empty but for the mark that says: everything in here is ours to clear."""
-    check_room(folder, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED).touch()
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != UNFINISHED:
-            path.unlink()
-
-
-def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
-    """Write one tar and its index under temporary names, then rename both."""
-    import pyarrow as pa
-    import webdataset
-    from pyarrow import parquet
-
-    tar, index = folder / name, folder / (name.removesuffix(".tar") + ".parquet")
-    tar_part, index_part = tar.with_name(tar.name + ".part"), index.with_name(index.name + ".part")
-    hashes = [hashlib.sha256(sample.image).hexdigest() for sample in samples]
-    with tar_part.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-        for sample, sha256 in zip(samples, hashes, strict=True):
-            about = {"key": sample.key, "captions": sample.captions, "questions": sample.questions, "answers": sample.answers,
-                     "concept": sample.concept, "width": sample.width, "height": sample.height, "sha256": sha256, **sample.extras}
-            writer.write({"__key__": sample.key, sample.image_format: sample.image, "txt": (sample.captions or [""])[0].encode(),
-                          "json": json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()})
-    pictures = [member for member in list_members(tar_part) if member.extension in {"png", "jpg"}]  # places are read back, not calculated
-    rows = [vars(sample) | {"image_offset": picture.offset, "image_bytes": picture.size, "sha256": sha256}
-            for sample, picture, sha256 in zip(samples, pictures, hashes, strict=True)]
-    parquet.write_table(pa.Table.from_pylist(rows, schema=_index_schema()), index_part)
-    tar_part.replace(tar)
-    index_part.replace(index)
-    return Shard(name=name, count=len(samples), bytes=tar.stat().st_size, sha256=_file_sha256(tar),
-                 index_bytes=index.stat().st_size, index_sha256=_file_sha256(index))
-
-
-def _index_schema() -> object:
-    import pyarrow as pa
-
-    text, texts, place, side = pa.string(), pa.list_(pa.string()), pa.int64(), pa.int32()
-    return pa.schema([("key", text), ("captions", texts), ("questions", texts), ("answers", texts), ("concept", text), ("image_offset", place),
-                      ("image_bytes", place), ("sha256", text), ("width", side), ("height", side)])
-
-
-def _read_index(folder: Path, shard: Shard) -> dict[str, list[Any]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(folder / shard.index_name) as file:
-            if file.schema_arrow.equals(_index_schema()) and file.metadata.num_rows == shard.count:
-                return dict(file.read().to_pydict())
-        problem = f"it does not hold the columns of {shard.count} samples"
-    except (pa.ArrowException, OSError, ValueError) as error:
-        problem = str(error).partition("\n")[0]
-    raise DataError(f"index {shard.index_name} of {folder} cannot be read ({problem}); build the dataset again or restore the file")
 
 
 def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str = "") -> Dataset:
@@ -323,76 +261,57 @@ def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str =
     manifest_hash, tokenizer_hash: what the caller expects; empty expects nothing. Raises DataError with the first problem and the number
     of all.
     """
-    manifest = _read_manifest(folder)
+    if not (folder / DATASET).is_file():
+        raise _no_dataset(folder)
+    manifest = Manifest.read(folder)
     if manifest_hash and manifest_hash != manifest.root:
         raise DataError(f"dataset {folder} has the root {manifest.root}; the run expects {manifest_hash}; point data.path at the run's "
                         "dataset, or clear data.manifest_hash to train on this one")
-    dataset = Dataset(folder, manifest)
+    dataset = Dataset(folder, manifest, Shards.read(folder, manifest.shards_sha256))
+    for split, stated in manifest.splits.items():
+        if (counted := Split.of(dataset.shards(split))) != stated:
+            raise DataError(f"dataset {folder}: {SHARDS} has {counted.images} images in {counted.shards} shards of '{split}'; {DATASET} states "
+                            f"{stated.images} in {stated.shards}; build the dataset again")
     if tokenizer_hash and tokenizer_hash != dataset.tokenizer_fingerprint:
         found = dataset.tokenizer_fingerprint or "(none)"
         raise DataError(f"dataset {folder} has the tokenizer {found}; the run expects {tokenizer_hash}; "
                         "point data.path at the run's dataset, or clear data.tokenizer_hash to train anew")
-    total = sum(shard.bytes + shard.index_bytes for split in manifest.splits.values() for shard in split.shards)
-    if problems := list(_problems(dataset, hashes=total < HASHED_ON_OPEN_BYTES)):
+    total = sum(int(dataset.shards().numbers(column).sum()) for column in ("bytes", "index_bytes", "table_bytes"))
+    if problems := list(file_problems(dataset, hashes=total < HASHED_ON_OPEN_BYTES)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"dataset {folder}: {problems[0]}{more}; build the dataset again or restore the files")
     return dataset
 
 
-def verify(dataset: Dataset) -> list[str]:
-    """Read every byte; return one line for each file that is not what the manifest states, or else for each tar that is not what its index states."""
-    if problems := list(_problems(dataset, hashes=True)):
-        return problems
-    return [line for split in dataset.manifest.splits.values() for shard in split.shards if (line := _contradiction(dataset.folder, shard))]
+def _no_dataset(folder: Path) -> DataError:
+    if (folder / FORMAT_1).exists():
+        return DataError(f"dataset {folder} is of format 1 ({FORMAT_1}), which this version does not read; build it again: "
+                         f"flm data demo {folder} --overwrite")
+    present = "holds an unfinished build" if (folder / UNFINISHED).exists() else f"has no {DATASET}"
+    state = present if folder.exists() else "does not exist"
+    return DataError(f"dataset {folder} {state}; make one with `flm data demo {folder}`, or set data.path")
 
 
-def _contradiction(folder: Path, shard: Shard) -> str:
-    """Hashes say that files are as their author left them, not that they are a shard and its index."""
-    try:
-        members = list_members(folder / shard.name, expected_bytes=shard.bytes, expected_count=shard.count)
-        held = [(member.key, member.offset, member.size) for member in members if member.extension in {"png", "jpg"}]
-        index = _read_index(folder, shard)
-    except DataError as error:
-        return str(error)
-    stated = list(zip(index["key"], index["image_offset"], index["image_bytes"], strict=True))
-    return "" if held == stated else f"shard {shard.name} holds other keys or places than its index states"
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    file = folder / MANIFEST
-    if not file.is_file():
-        present = "holds an unfinished build" if (folder / UNFINISHED).exists() else "has no manifest.json"
-        state = present if folder.exists() else "does not exist"
-        raise DataError(f"dataset {folder} {state}; make one with `flm data demo {folder}`, or set data.path")
-    try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(f"{file}: {where}: {first['msg']}; build the dataset again or restore the file") from error
-    if manifest.root != manifest.computed_root():
-        raise DataError(f"{file} states the root {manifest.root}; its content gives {manifest.computed_root()}; it was changed by hand: "
-                        "restore it or build the dataset again")
-    return manifest
-
-
-def _problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
-    for split in dataset.manifest.splits.values():
-        for shard in split.shards:
-            for name, size, sha256 in ((shard.name, shard.bytes, shard.sha256), (shard.index_name, shard.index_bytes, shard.index_sha256)):
-                file = dataset.folder / name
-                if not file.is_file():
-                    yield f"shard {name} is missing"
-                elif (actual := file.stat().st_size) != size:
-                    yield f"shard {name} has {actual} bytes; the manifest states {size}"
-                elif hashes and (found := _file_sha256(file)) != sha256:
-                    yield f"shard {name} has the sha256 {found[:12]}; the manifest states {sha256[:12]}"
+def file_problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
+    """Yield a line for each file that is missing or of another size, or other bytes, than the dataset states."""
+    for shard in dataset.shards():
+        for name, size, sha256 in shard.files:
+            file = dataset.folder / name
+            try:
+                actual = file.stat().st_size
+            except OSError:
+                yield f"shard {name} is missing"
+                continue
+            if actual != size:
+                yield f"shard {name} has {actual} bytes; the manifest states {size}"
+            elif hashes and (digest := _file_sha256(file)) != sha256:
+                yield f"shard {name} has the sha256 {digest[:12]}; the manifest states {sha256[:12]}"
     if dataset.tokenizer_fingerprint:
         file = dataset.tokenizer_file
         if not file.is_file():
             yield f"{TOKENIZER} is missing"
-        elif (found := tokenizer_fingerprint(file.read_bytes())) != dataset.tokenizer_fingerprint:
-            yield f"{TOKENIZER} has the fingerprint {found[:12]}; the manifest states {dataset.tokenizer_fingerprint[:12]}"
+        elif (fingerprint := tokenizer_fingerprint(file.read_bytes())) != dataset.tokenizer_fingerprint:
+            yield f"{TOKENIZER} has the fingerprint {fingerprint[:12]}; the manifest states {dataset.tokenizer_fingerprint[:12]}"
 
 
 def _file_sha256(file: Path) -> str:

@@ -8,12 +8,19 @@ import hashlib
 import io
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from flm_scale.errors import DataError
 
 OPTIONS_VERSION = b"flm_scale tokens 1: NFC, BPE, BOS and EOS added"  # change it when encode() changes
 SPECIAL_PIECES = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+CANARY_STRINGS = 1000
+# Where versions of a tokenizer's library differ: spaces, controls, two spellings of one letter, wide and composed signs, special pieces as text.
+ODD_PIECES = (" ", "  ", "\t", "\n", "\u00a0", "\u200b", "\u00ad", "e\u0301", "\u00e9", "\ufb01", "\uff11", "\u2460", "\u65e5\u672c", "\u0627\u0644",
+              "\U0001f469\u200d\U0001f680", "\u2581", "<mask>", "</s>", "0", "1999", "don't", "A", "\u00df", "\u0130", "-", "...", "http://")
 
 
 def tokenizer_fingerprint(model: bytes) -> str:
@@ -46,6 +53,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, model_file: Path) 
     part.replace(model_file)
 
 
+def canary_strings(pieces: Sequence[str]) -> list[str]:
+    """Return 1,000 strings of 1 to 16 pieces, odd ones among them; the same for the same pieces, for ever."""
+    words = [piece.replace("\u2581", " ") for piece in pieces] + [*ODD_PIECES]
+    places = (np.frombuffer(hashlib.shake_128(f"canary/{number}".encode()).digest(4 * (1 + number % 16)), "<u4") for number in range(CANARY_STRINGS))
+    return ["".join(words[place % len(words)] for place in row.tolist()) for row in places]
+
+
 class Tokenizer:
     """A trained model; picklable, so that it travels to the loader's processes."""
 
@@ -67,10 +81,24 @@ class Tokenizer:
             raise DataError(f"tokenizer {model_file} begins with the pieces {' '.join(specials)}; it must begin with "
                             f"{' '.join(SPECIAL_PIECES)}; use one that `flm` has trained")
 
+    @cached_property
+    def canary(self) -> str:
+        """The sha256 of the ids of 1,000 fixed strings, made of the tokenizer's own pieces and of odd ones.
+
+        The fingerprint is of a file; this tells whether the library that reads it still cuts as the one that wrote the ids did.
+        """
+        encoded = self.encode_all(canary_strings(self.pieces(range(self.vocab_size))))
+        return hashlib.sha256(b"".join(np.array([len(ids), *ids], "<u4").tobytes() for ids in encoded)).hexdigest()
+
     def encode(self, text: str, max_length: int) -> list[int]:
         """Return BOS, the text's ids and EOS: at most `max_length` in all; a longer text is cut and keeps its EOS."""
         ids: list[int] = self._processor.encode(unicodedata.normalize("NFC", text))
         return [self.bos_id, *ids[: max_length - 2], self.eos_id]
+
+    def encode_all(self, texts: Sequence[str], *, threads: int = 1) -> list[list[int]]:
+        """Return BOS, the ids and EOS of each text, however long."""
+        found: list[list[int]] = self._processor.encode([unicodedata.normalize("NFC", text) for text in texts], num_threads=threads)
+        return [[self.bos_id, *ids, self.eos_id] for ids in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens."""

@@ -13,7 +13,7 @@ import torch
 
 from flm_scale.config import Run
 from flm_scale.data.images import decode_image
-from flm_scale.data.shards import Index
+from flm_scale.data.index import Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.model.assemble import VisionLanguageModel

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from flm_scale.config import Run
+from flm_scale.data.index import Index
 from flm_scale.data.pack import pack
-from flm_scale.data.shards import Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.evals.caption import read_pixels
@@ -35,7 +35,7 @@ def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, to
         raise DataError(f"--split {split}: no picture with a caption; score another split")
     texts = sorted({caption for image in images for caption in index.captions[image]})
     likelihoods = score_pairs(run, model, images, texts, index=index, tokenizer=tokenizer, objective=objective, processes=processes)
-    hits = np.array([[text in index.captions[image] for text in texts] for image in images])
+    hits = np.array([[text in captions for text in texts] for captions in (index.captions[image] for image in images)])
     return {"task": "retrieval", "split": split, "num_images": len(images), "num_texts": len(texts), "score": "likelihood",
             "image_to_text": recall(likelihoods, hits), "text_to_image": recall(likelihoods.T, hits.T),
             "chance": {"image_to_text": chance(hits), "text_to_image": chance(hits.T)}}

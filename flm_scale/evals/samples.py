@@ -10,9 +10,9 @@ import torch
 
 from flm_scale.batch import Example
 from flm_scale.config import Run
+from flm_scale.data.index import Index
 from flm_scale.data.order import keyed_rng
 from flm_scale.data.pack import pack
-from flm_scale.data.shards import Index
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.evals.caption import BEAMS, read_pixels, write_captions
 from flm_scale.model.assemble import VisionLanguageModel

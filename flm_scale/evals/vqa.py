@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from flm_scale.batch import Batch, Example, LossSums, Term
 from flm_scale.checkpoint.weights import Weights
 from flm_scale.config import BatchConfig, OptimConfig, Run
+from flm_scale.data.index import Index
 from flm_scale.data.loader import MicroBatches, Order, costs_of, torch_loader
-from flm_scale.data.order import MicroBatch, Shuffle, plan_in_order
-from flm_scale.data.shards import Dataset, Index
+from flm_scale.data.order import Costs, MicroBatch, Shuffle, plan_in_order
+from flm_scale.data.shards import Dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine
 from flm_scale.engine.local import LocalEngine
@@ -90,6 +91,11 @@ class Questions:
         """Number of questions."""
         return sum(map(len, self.token_ids))
 
+    def costs(self, task: VqaTask) -> Costs:
+        """Return what each question takes in a batch."""
+        lengths = np.array([len(ids) for questions in self.token_ids for ids in questions], np.int64)
+        return costs_of(lengths, np.cumsum([0, *map(len, self.token_ids)]), task, longest=int(lengths.max(initial=0)))
+
 
 def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: Tokenizer, objective: Objective, split: str) -> dict[str, Any]:
     """Return the content of evals/vqa.json; scores are shares in [0, 1]. Every process of a launcher runs this, cut by run.parallel.
@@ -99,7 +105,7 @@ def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: 
     """
     if split == TRAIN_SPLITS[0]:
         raise ConfigError(f"--split {split}: its questions are trained on; score another of {', '.join(dataset.splits)}")
-    seen, scored = join_splits(dataset, [name for name in TRAIN_SPLITS if name != split and name in dataset.splits]), dataset.index(split)
+    seen, scored = dataset.index(*(name for name in TRAIN_SPLITS if name != split and name in dataset.splits)), dataset.index(split)
     if not any(seen.questions) or not any(scored.questions):
         raise DataError(f"{dataset.folder}: no questions to train on or none in '{split}'; vqa needs a dataset with questions, such as that "
                         "of `flm data demo`")
@@ -114,11 +120,6 @@ def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: 
     rows = [fine_tune(run, checkpoint, task=task, answer_ids=answer_ids, train=train, test=test, start=start)
             for start in ("pretrained", "random")]
     return {"task": "vqa", "split": split, "floor": floor, "rows": rows, "num_questions": test.count}
-
-
-def join_splits(dataset: Dataset, splits: Sequence[str]) -> Index:
-    """Return one index over several splits."""
-    return Index(dataset.folder, [shard for split in splits for shard in dataset.manifest.splits[split].shards])
 
 
 def encode_questions(index: Index, tokenizer: Tokenizer, answers: Sequence[str], *, max_length: int) -> Questions:
@@ -152,9 +153,9 @@ def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Seque
     """Train from one start and return its row of evals/vqa.json; `seconds` are those of training, without the scoring."""
     from rich.progress import track
 
-    shuffle = Shuffle(costs_of(train.token_ids, task), [len(train.index)], BATCH, seed=run.seed, captions_per_image=QUESTIONS_PER_IMAGE)
+    shuffle = Shuffle(train.costs(task), [len(train.index)], BATCH, seed=run.seed, captions_per_image=QUESTIONS_PER_IMAGE)
     plans = [shuffle.plan(epoch) for epoch in range(PASSES)]
-    test_plan = plan_in_order(costs_of(test.token_ids, task), BATCH)
+    test_plan = plan_in_order(test.costs(task), BATCH)
     steps = sum(map(len, plans))
     run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
     if start == "random":  # the text side as if it had read nothing; the tower as pretraining had it

@@ -8,10 +8,8 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.sources import Material, Package, fetch, members
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
+from tests.data.killed import is_killed_before_change
 
 
 @pytest.mark.parametrize(("asked", "facts"), [
@@ -95,10 +94,10 @@ def test_demo_tokenizer_has_whole_words(demo_dataset: Dataset) -> None:
 def test_complete_demo_is_left_alone(demo_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "fetch", None)
     said: list[str] = []
-    before = (demo_dataset.folder / "manifest.json").stat().st_mtime_ns
+    before = (demo_dataset.folder / "dataset.json").stat().st_mtime_ns
     assert build_demo(demo_dataset.folder, progress=said.append).root == demo_dataset.root
     assert "already there" in said[0]
-    assert (demo_dataset.folder / "manifest.json").stat().st_mtime_ns == before
+    assert (demo_dataset.folder / "dataset.json").stat().st_mtime_ns == before
 
 
 def test_foreign_folder_is_refused_before_anything_is_fetched(tmp_path: Path, toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,28 +118,6 @@ def test_tokenizer_training_is_repeatable(tmp_path: Path) -> None:
         assert "pieces" in train_dataset_tokenizer(dataset.folder, vocab_size=70)
         roots.append(demo.open_dataset(dataset.folder).root)
     assert roots[0] == roots[1] != dataset.root
-
-
-def is_killed_before_change(number: int, action: Callable[[], object]) -> bool:
-    """Run a command that dies before its number-th change of the disk; return whether it came that far."""
-    changes = count()
-
-    def mortal(change: Callable[..., Any]) -> Callable[..., Any]:
-        def change_or_die(*args: object, **options: object) -> object:
-            if next(changes) == number:
-                raise KeyboardInterrupt
-            return change(*args, **options)
-
-        return change_or_die
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("mkdir", "replace", "touch", "unlink", "write_bytes", "write_text"):
-            patch.setattr(Path, name, mortal(getattr(Path, name)))
-        try:
-            action()
-        except KeyboardInterrupt:
-            return True
-    return False
 
 
 def test_killed_tokenizer_training_leaves_a_dataset_that_opens_and_is_finished_by_the_same_command(tmp_path: Path) -> None:

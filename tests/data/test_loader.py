@@ -13,7 +13,8 @@ import torch
 from flm_scale.batch import Batch
 from flm_scale.config import AugmentConfig, BatchConfig, DataConfig, FlmConfig, MlmConfig, Run
 from flm_scale.data.loader import Loader, mixture_shares, one_pass, open_mixture, place_in_mixture
-from flm_scale.data.shards import Dataset, write_dataset
+from flm_scale.data.shards import Dataset, open_dataset, write_dataset
+from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import ConfigError, DataError
 from flm_scale.objectives.objective import Objective, build_objective
@@ -41,7 +42,9 @@ def second(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Da
     samples = [drawn_sample(number, color=COLORS[number % 3], shape=SHAPES[number % 2]) for number in range(40)]
     dataset = write_dataset(tmp_path_factory.mktemp("second") / "data", name="second", sources=[], readme="Drawn.", splits={"train": samples})
     shutil.copy(toy_dataset.tokenizer_file, dataset.tokenizer_file)
-    dataset.set_tokenizer(toy_dataset.tokenizer_fingerprint, Tokenizer(toy_dataset.tokenizer_file).vocab_size)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
     return dataset
 
 
@@ -134,7 +137,7 @@ def test_a_mixture_is_spread_evenly_and_each_place_is_told_by_the_counter(weight
 
 def test_a_mixture_has_one_tokenizer(toy_dataset: Dataset, tmp_path: Path) -> None:
     shutil.copytree(toy_dataset.folder, tmp_path / "data")
-    other = Dataset(tmp_path / "data", toy_dataset.manifest)
+    other = open_dataset(tmp_path / "data")
     other.drop_tokenizer()
     with pytest.raises(DataError, match=rf"{other.folder} has the tokenizer \(none\); .* has {toy_dataset.tokenizer_fingerprint[:12]}"):
         open_mixture(DataConfig(path=toy_dataset.folder, also=(other.folder,)))
@@ -215,10 +218,25 @@ def test_an_unreadable_picture_is_named_and_teaches_nothing_and_moves_nothing(tm
     assert set(bad) == {"000003", "000017"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_that_a_worker_meets_is_told_in_one_line(toy_dataset: Dataset, tmp_path: Path, workers: int) -> None:
+    """Token ids that turn out not to be those of the captions end the run; a picture would be left out."""
+    dataset = open_dataset(shutil.copytree(toy_dataset.folder, tmp_path / "data"))
+    (sidecar,) = (dataset.folder / "tokens").rglob("train/*.arrow")
+    content = bytearray(sidecar.read_bytes())
+    content[len(content) // 2] ^= 1
+    run = toy_run(dataset)
+    loader = loader_of(dataset, run.replace(data=run.data.replace(workers=workers)))
+    sidecar.write_bytes(content)
+    with pytest.raises(DataError, match=r"^dataset .*train/00000\.arrow cannot be read .*; write them again: flm tokenizer encode .*$") as caught:
+        loader.next_step()
+    assert "\n" not in str(caught.value)
+
+
 def test_an_evaluation_scores_every_caption_once_and_keeps_ranks_in_step(toy_dataset: Dataset) -> None:
     run = toy_run(toy_dataset, objective=FlmConfig())
     tokenizer, objective = parts_of(toy_dataset, run)
-    batches = [list(one_pass(run, toy_dataset.index("val"), tokenizer, objective, rank=rank, size=3)) for rank in range(3)]
+    batches = [list(one_pass(run, toy_dataset, "val", tokenizer, objective, rank=rank, size=3)) for rank in range(3)]
     assert len({len(share) for share in batches}) == 1
     counts = sum(batch.part_counts for share in batches for batch in share)
     captions = [caption for captions in toy_dataset.index("val").captions for caption in captions]
@@ -228,7 +246,7 @@ def test_an_evaluation_scores_every_caption_once_and_keeps_ranks_in_step(toy_dat
 def test_a_caption_that_is_shown_in_several_views_counts_once(toy_dataset: Dataset) -> None:
     """Pairs per second would otherwise grow with MLM's passes."""
     run = toy_run(toy_dataset, objective=MlmConfig(mask_rate=0.6, passes=3))
-    batches = list(one_pass(run, toy_dataset.index("val"), *parts_of(toy_dataset, run)))
+    batches = list(one_pass(run, toy_dataset, "val", *parts_of(toy_dataset, run)))
     num_captions = sum(map(len, toy_dataset.index("val").captions))
     assert sum(batch.num_captions for batch in batches) == num_captions < sum(len(batch.state.lengths) for batch in batches)
 
@@ -250,5 +268,5 @@ def test_training_pictures_change_with_the_epoch_and_those_of_validation_never(t
             for key, pixels in zip(batch.keys, batch.state.rows.numpy(), strict=True):
                 pictures.setdefault(key, set()).add(pixels.tobytes())
     assert min(len(seen) for seen in pictures.values()) > 1
-    plain, also = (list(one_pass(one, toy_dataset.index("val"), *parts_of(toy_dataset, one))) for one in (run, changed))
+    plain, also = (list(one_pass(one, toy_dataset, "val", *parts_of(toy_dataset, one))) for one in (run, changed))
     assert_equal(plain, also)

@@ -6,17 +6,27 @@ import json
 import os
 import pickle
 import shutil
+import struct
+import time
+import weakref
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader
 
+from flm_scale.data import index as index_file
 from flm_scale.data import shards
-from flm_scale.data.shards import Dataset, Index, Sample, open_dataset, verify, write_dataset
+from flm_scale.data.index import Index, index_columns
+from flm_scale.data.manifest import Shards
+from flm_scale.data.shards import Dataset, Sample, open_dataset, read_committed_shard, seal_dataset, write_dataset, write_shard
+from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.verify import verify
 from flm_scale.errors import DataError
 from tests.data.hostile import END, member, shard
+from tests.data.killed import is_killed_before_change
 
 
 def sample(number: int, **changes: object) -> Sample:
@@ -40,6 +50,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     dataset = write(tmp_path / "data")
     train_tokenizer(["caption of a thing"] * 3, vocab_size=40, model_file=dataset.tokenizer_file)
     tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
     dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
     return dataset
 
@@ -55,7 +66,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("time.time", iter(range(10**6)).__next__)
     assert write(tmp_path / "one").root == write(tmp_path / "two").root
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert len(files) == 8
+    assert len(files) == 9
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
 
 
@@ -71,14 +82,13 @@ def test_index_gives_back_what_was_written(dataset: Dataset) -> None:
     index = opened.index("train")
     expected = [sample(number) for number in range(25)]
     assert len(index) == 25
-    assert index.keys == [one.key for one in expected]
-    assert index.captions == [one.captions for one in expected]
-    assert index.questions == [one.questions for one in expected]
-    assert index.answers == [one.answers for one in expected]
-    assert index.concepts == [one.concept for one in expected]
+    for column, name in ((index.keys, "key"), (index.captions, "captions"), (index.questions, "questions"), (index.answers, "answers"),
+                         (index.concepts, "concept")):
+        assert list(column) == [column[number] for number in range(25)] == [getattr(one, name) for one in expected]
     assert [index.read_image(number) for number in range(25)] == [one.image for one in expected]
     split = opened.manifest.splits["train"]
-    assert (split.images, split.captions, [shard.count for shard in split.shards]) == (25, 25 - 1, [10, 10, 5])
+    assert (split.shards, split.images, split.captions, opened.shards("train").counts.tolist()) == (3, 25, 25 - 1, [10, 10, 5])
+    assert opened.index("val", "train").keys[1] == "00000000"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
@@ -123,17 +133,20 @@ def test_pickled_index_leaves_its_descriptors_behind(dataset: Dataset) -> None:
 
 
 def test_open_files_stay_below_the_limit(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
+    """A map of an index holds no file open, and one that gives way to another is given back."""
+    monkeypatch.setattr(index_file, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(index_file, "MAX_MAPPED", 2)
     index = dataset.index("train")
     assert [index.read_image(number) for number in (0, 10, 20, 0)] == [sample(number).image for number in (0, 10, 20, 0)]
-    # Only the tars: pyarrow closes the index it has read when one of its own threads gets to it.
     links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert [link for link in links if link.startswith(str(dataset.folder)) and link.endswith(".tar")] == [str(dataset.folder / "train/00000.tar")]
+    assert [link for link in links if link.startswith(str(dataset.folder))] == [str(dataset.folder / "train/00000.tar")]
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if f"{dataset.folder}/index" in line}
+    assert mapped == {str(dataset.folder / "index/train" / name) for name in ("00000.arrow", "00002.arrow")}
 
 
 def test_picture_that_changed_after_opening_names_shard_and_key(dataset: Dataset) -> None:
     index = dataset.index("train")
-    flip(dataset.folder / "train/00000.tar", index._places[3][1])
+    flip(dataset.folder / "train/00000.tar", index.values(3, ["image_offset"])[0])
     assert index.read_image(2) == sample(2).image
     with pytest.raises(DataError, match=r"train/00000\.tar: sample 00000003"):
         index.read_image(3)
@@ -162,7 +175,7 @@ def test_truncated_shard_is_named_with_both_sizes(dataset: Dataset) -> None:
     assert "build the dataset again" in message
 
 
-@pytest.mark.parametrize("name", ["train/00001.tar", "train/00001.parquet"])
+@pytest.mark.parametrize("name", ["train/00001.tar", "index/train/00001.arrow"])
 def test_one_flipped_bit_is_found_on_opening(dataset: Dataset, name: str) -> None:
     flip(dataset.folder / name, 700)
     assert f"shard {name} has the sha256" in one_line(dataset.folder)
@@ -178,19 +191,17 @@ def test_large_dataset_opens_by_sizes_and_verify_reads_every_byte(dataset: Datas
 
 def reseal(dataset: Dataset, **changes: bytes) -> Dataset:
     """The dataset as an author would hand it over who puts other bytes in: with every size and hash right."""
-    name = "val/00000.tar"
-    for suffix, content in changes.items():
-        file = (dataset.folder / name).with_suffix(f".{suffix}")
-        file.chmod(0o644)
-        file.write_bytes(content)
-    tar, index = ((dataset.folder / name).with_suffix(suffix) for suffix in (".tar", ".parquet"))
-    val = dataset.manifest.splits["val"]
-    shard = val.shards[0].model_copy(update={
+    (old,) = dataset.shards("val")
+    tar, index = dataset.folder / old.name, dataset.folder / old.index_name
+    for file, content in zip((tar, index), (changes.get("tar"), changes.get("index")), strict=True):
+        if content is not None:
+            file.chmod(0o644)
+            file.write_bytes(content)
+    shard = old.model_copy(update={
         "bytes": tar.stat().st_size, "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
         "index_bytes": index.stat().st_size, "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()})
-    splits = dataset.manifest.splits | {"val": val.model_copy(update={"shards": [shard]})}
-    dataset.manifest.model_copy(update={"splits": splits}).write(dataset.folder)
-    return open_dataset(dataset.folder)
+    splits = {split: [shard] if split == "val" else list(dataset.shards(split)) for split in dataset.splits}
+    return seal_dataset(dataset.folder, name="resealed", sources=[], splits=splits, readme="")
 
 
 @pytest.mark.parametrize(("content", "problem"), [
@@ -198,54 +209,118 @@ def reseal(dataset: Dataset, **changes: bytes) -> Dataset:
     (gzip.compress(shard()), "compressed"), (member("00000025.png"), "two zero blocks"),
 ], ids=["count", "pickle", "key", "gzip", "cut"])
 def test_verify_names_a_tar_that_is_no_shard_whatever_its_hash(dataset: Dataset, content: bytes, problem: str) -> None:
-    (line,) = verify(reseal(dataset, tar=content))
+    resealed = reseal(dataset, tar=content)
+    assert verify(resealed, fast=True) == []
+    (line,) = verify(resealed)
     assert problem in line
     assert "val/00000.tar" in line
 
 
-@pytest.mark.parametrize("change", ["rows", "columns", "types", "footer", "cut", "no parquet"])
+@pytest.mark.parametrize("change", ["rows", "batches", "columns", "types", "offsets", "text", "missing value", "footer", "cut", "empty", "no arrow"])
 def test_index_that_lies_is_a_data_error_whatever_its_hash(dataset: Dataset, change: str) -> None:
     import pyarrow as pa
-    from pyarrow import parquet
 
-    file = dataset.folder / "val/00000.parquet"
-    whole, table, buffer = file.read_bytes(), parquet.read_table(file), pa.BufferOutputStream()
-    changed = {"rows": lambda: pa.concat_tables([table, table]), "columns": lambda: table.drop_columns(["captions"]),
-               "types": lambda: table.set_column(1, "captions", pa.array([7]))}
-    if change in changed:
-        parquet.write_table(changed[change](), buffer)
-        content = buffer.getvalue().to_pybytes()
-    else:
-        content = {"footer": whole[:-8] + b"\xff\xff\xff\x7fPAR1", "cut": whole[:len(whole) // 2], "no parquet": b"PAR1"}[change]
-    opened = reseal(dataset, parquet=content)
-    with pytest.raises(DataError, match=r"index val/00000\.parquet of .* cannot be read") as caught:
-        opened.index("val")
+    file = dataset.folder / "index/val/00000.arrow"
+    whole = file.read_bytes()
+    with pa.ipc.open_file(file.read_bytes()) as opened:
+        table = opened.read_all()
+    key = table["key"].chunk(0)
+
+    def written(*tables: pa.Table) -> bytes:
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, tables[0].schema) as writer:
+            for one in tables:
+                writer.write_table(one)
+        return bytes(buffer.getvalue().to_pybytes())
+
+    def with_key(column: pa.Array) -> bytes:
+        return written(table.set_column(0, "key", column))
+
+    content = {
+        "rows": lambda: written(pa.concat_tables([table, table]).combine_chunks()), "batches": lambda: written(table, table),
+        "columns": lambda: written(table.drop_columns(["captions"])), "types": lambda: written(table.set_column(1, "captions", pa.array([7]))),
+        "offsets": lambda: whole.replace(struct.pack("<ii", 0, 8), struct.pack("<ii", 10**9, 2 * 10**9)),
+        "text": lambda: with_key(pa.Array.from_buffers(pa.string(), 1, [None, key.buffers()[1], pa.py_buffer(b"\xff" * 8)])),
+        "missing value": lambda: with_key(pa.array([None], pa.string())),
+        "footer": lambda: whole[:-10] + b"\xff\xff\xff\x7fARROW1", "cut": lambda: whole[:len(whole) // 2], "empty": lambda: b"",
+        "no arrow": lambda: b"ARROW1\0\0" * 20,
+    }[change]()
+    resealed = reseal(dataset, index=content)
+    with pytest.raises(DataError, match=r"index index/val/00000\.arrow of .* cannot be read") as caught:
+        resealed.index("val").read_image(0)
     assert "\n" not in str(caught.value)
-    assert verify(opened) == [str(caught.value)]
+    (line,) = verify(resealed)
+    assert line.startswith(str(caught.value).split("(")[0])
+
+
+def test_place_outside_of_the_tar_is_a_data_error(dataset: Dataset) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.open_file((dataset.folder / "index/val/00000.arrow").read_bytes()) as opened:
+        table = opened.read_all()
+    for column, place in (("image_offset", 2**62), ("image_offset", -1), ("image_bytes", 2**62), ("image_bytes", -1)):
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_file(buffer, table.schema) as writer:
+            writer.write_table(table.set_column(table.schema.get_field_index(column), column, pa.array([place])))
+        with pytest.raises(DataError, match=r"val/00000\.tar: sample 00000025"):
+            reseal(dataset, index=buffer.getvalue().to_pybytes()).index("val").read_image(0)
 
 
 def test_all_problems_are_counted(dataset: Dataset) -> None:
     (dataset.folder / "train/00000.tar").unlink()
-    (dataset.folder / "val/00000.parquet").unlink()
+    (dataset.folder / "index/val/00000.arrow").unlink()
     assert "is missing (and 1 more)" in one_line(dataset.folder)
 
 
 def test_manifest_changed_by_hand_is_refused(dataset: Dataset) -> None:
-    file = dataset.folder / "manifest.json"
+    file = dataset.folder / "dataset.json"
     file.write_text(file.read_text().replace('"name": "small"', '"name": "other"'))
     assert "changed by hand" in one_line(dataset.folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 2}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 3}', "\x00"])
 def test_damaged_manifest_is_refused(dataset: Dataset, content: str) -> None:
-    (dataset.folder / "manifest.json").write_text(content)
-    assert "manifest.json: " in one_line(dataset.folder)
+    (dataset.folder / "dataset.json").write_text(content)
+    assert "dataset.json: " in one_line(dataset.folder)
 
 
-def test_manifest_cannot_point_outside_the_folder(dataset: Dataset) -> None:
-    file = dataset.folder / "manifest.json"
-    file.write_text(file.read_text().replace("val/00000.tar", "../00000.tar"))
-    assert "pattern" in one_line(dataset.folder)
+def test_a_split_cannot_be_named_outside_the_folder(dataset: Dataset) -> None:
+    file = dataset.folder / "dataset.json"
+    file.write_text(file.read_text().replace('"val"', '"../val"'))
+    assert "dataset.json: splits" in one_line(dataset.folder)
+
+
+def test_an_altered_or_missing_list_of_shards_is_refused(dataset: Dataset) -> None:
+    flip(dataset.folder / "shards.parquet", 200)
+    assert "shards.parquet has the sha256" in one_line(dataset.folder)
+    (dataset.folder / "shards.parquet").unlink()
+    assert "shards.parquet cannot be read" in one_line(dataset.folder)
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    ({"name": "../00000.tar"}, "elsewhere than in the folder"), ({"name": None}, "elsewhere than in the folder"),
+    ({"count": 11}, "has 26 images in 3 shards of 'train'; dataset.json states 25 in 3"), ({"extra": 1}, "does not hold the columns"),
+], ids=["path", "null", "count", "column"])
+def test_a_list_of_shards_that_lies_is_refused_whatever_its_hash(dataset: Dataset, change: dict, problem: str) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = parquet.read_table(dataset.folder / "shards.parquet").to_pylist()
+    rows[0] |= change
+    parquet.write_table(pa.Table.from_pylist(rows), dataset.folder / "shards.parquet")
+    digest = hashlib.sha256((dataset.folder / "shards.parquet").read_bytes()).hexdigest()
+    dataset.manifest.model_copy(update={"shards_sha256": digest}).write(dataset.folder)
+    assert problem in one_line(dataset.folder)
+
+
+def test_a_dataset_of_format_1_is_to_be_built_again(dataset: Dataset) -> None:
+    (dataset.folder / "dataset.json").rename(dataset.folder / "manifest.json")
+    assert "format 1" in one_line(dataset.folder)
+    assert f"flm data demo {dataset.folder} --overwrite" in one_line(dataset.folder)
+    with pytest.raises(DataError, match="holds another dataset"):
+        write(dataset.folder)
+    write(dataset.folder, overwrite=True)
+    assert not (dataset.folder / "manifest.json").exists()
 
 
 def test_other_dataset_than_expected_names_both_roots(dataset: Dataset) -> None:
@@ -275,7 +350,7 @@ def test_tokenizer_changes_the_root(dataset: Dataset) -> None:
 
 def test_missing_folder_names_the_command_that_makes_one(tmp_path: Path) -> None:
     assert f"does not exist; make one with `flm data demo {tmp_path / 'none'}`" in one_line(tmp_path / "none")
-    assert "has no manifest.json" in one_line(tmp_path)
+    assert "has no dataset.json" in one_line(tmp_path)
 
 
 def test_split_that_does_not_exist_lists_those_that_do(dataset: Dataset) -> None:
@@ -300,6 +375,99 @@ def test_killed_build_does_not_look_complete_and_is_begun_anew(tmp_path: Path) -
     assert "holds an unfinished build" in one_line(tmp_path / "data")
     assert write(tmp_path / "data").root == write(tmp_path / "undisturbed").root
     assert not (tmp_path / "data/.unfinished").exists()
+
+
+def prepared(folder: Path, numbers: range = range(5), *, name: str = "train/00000.tar", attempt: int = 0) -> None:
+    import pyarrow as pa
+
+    fates: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        for number in numbers:
+            fates.append("success")
+            yield sample(number, image_format="webp", columns={"phash": 2**63 + number, "similarity": 0.25, "original_width": 640})
+
+    write_shard(folder, name, samples(), table=lambda: pa.table({"status": fates}), stats=lambda: {"count": len(fates)}, attempt=attempt)
+
+
+def test_a_prepared_shard_is_told_by_its_counts_which_come_last(tmp_path: Path) -> None:
+    """Killed before any change of the disk it is not there, or whole; another attempt then gives the same bytes."""
+    prepared(tmp_path / "whole")
+    entry = read_committed_shard(tmp_path / "whole", "train/00000.tar")
+    assert entry is not None
+    for name, _, sha256 in entry.files:
+        assert hashlib.sha256((tmp_path / "whole" / name).read_bytes()).hexdigest() == sha256
+    for number in count():
+        folder = tmp_path / str(number)
+        is_killed = is_killed_before_change(number, lambda: prepared(folder))  # noqa: B023 - called at once
+        assert read_committed_shard(folder, "train/00000.tar") == (None if is_killed else entry)
+        prepared(folder, attempt=1)
+        assert read_committed_shard(folder, "train/00000.tar") == entry
+        if not is_killed:
+            break
+    assert number > 4
+    (tmp_path / "whole/train/00000.parquet").write_bytes(b"short")
+    assert read_committed_shard(tmp_path / "whole", "train/00000.tar") is None
+
+
+def test_prepared_shards_are_sealed_as_a_dataset_with_their_tables_and_scores(tmp_path: Path) -> None:
+    for shard_number in range(2):
+        prepared(tmp_path, range(5 * shard_number, 5 * shard_number + 5), name=f"train/{shard_number:05d}.tar")
+    empty = write_shard(tmp_path, "train/00002.tar", [])  # all of its rows were rejected
+    (tmp_path / "train/.00001.tar.7.part").touch()  # left by a killed attempt
+    entries = [read_committed_shard(tmp_path, "train/00000.tar"), read_committed_shard(tmp_path, "train/00001.tar")]
+    preparation = {"spec": {"image": {"size": 256}}, "spec_hash": "0" * 64, "inputs": [{"path": "a.parquet", "sha256": "0" * 64, "rows": 12}],
+                   "fates": {"success": 10, "http_404": 2}, "versions": {"pillow": "11"}}
+    sealed = seal_dataset(tmp_path, name="urls", sources=[], splits={"train": [*(one for one in entries if one), empty]},
+                          preparation=preparation, readme="")
+    opened = open_dataset(tmp_path)
+    assert verify(opened) == []
+    assert opened.root == sealed.root
+    assert opened.manifest.preparation is not None
+    assert opened.manifest.preparation.fates == {"success": 10, "http_404": 2}
+    assert opened.index("train").values(7, ["key", "phash", "similarity", "original_width"]) == ["00000007", 2**63 + 7, 0.25, 640]
+    hashes = [number for shard in opened.shards("train") for number in index_columns(tmp_path, shard, ["phash"])[0]]
+    assert hashes == [2**63 + number for number in range(10)]
+    assert not (tmp_path / "train/.00001.tar.7.part").exists()
+    with pytest.raises(DataError, match="cannot be read"):
+        opened.index("train").values(7, ["aesthetic"])
+    flip(tmp_path / "train/00001.parquet", 4)
+    assert "train/00001.parquet has the sha256" in one_line(tmp_path)
+
+
+def test_pictures_are_written_as_they_come(tmp_path: Path) -> None:
+    """No more than two are held at a time."""
+    alive: list[weakref.ref[Sample]] = []
+
+    def samples() -> Iterator[Sample]:
+        for number in range(20):
+            one = sample(number)
+            alive.append(weakref.ref(one))
+            yield one
+            del one
+            assert sum(ref() is not None for ref in alive) <= 2
+
+    assert write_shard(tmp_path, "train/00000.tar", samples()).count == 20
+
+
+def test_entries_of_many_shards_are_quick_to_read_and_small(tmp_path: Path) -> None:
+    """As many as LAION-2B has, with hashes as little alike as real ones."""
+    import pyarrow as pa
+
+    num_shards = 231_349
+    hashes = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(num_shards)]
+    columns = {"split": ["train"] * num_shards, "name": [f"train/{number:05d}.tar" for number in range(num_shards)],
+               **dict.fromkeys(("sha256", "index_sha256", "table_sha256"), hashes)}
+    like = Shards.of([])._table.schema
+    Shards(pa.table({name: columns.get(name, [7] * num_shards) for name in like.names}, schema=like)).write(tmp_path)
+    digest = hashlib.sha256((tmp_path / "shards.parquet").read_bytes()).hexdigest()
+    started = time.process_time()
+    read = Shards.read(tmp_path, digest)
+    split = read.of_split("train")
+    assert split[231_348].sha256 == hashes[-1]
+    assert int(split.counts.sum()) == 7 * num_shards
+    assert time.process_time() - started < 5
+    assert split._table.nbytes < 400 * num_shards
 
 
 def test_existing_files_are_never_cleared_without_a_word(dataset: Dataset, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Tokenizers: byte-stable, fixed special ids, no special token out of text."""
 
+import hashlib
 import pickle
 from pathlib import Path
 
 import pytest
 
-from flm_scale.data.tokens import Tokenizer, tokenizer_fingerprint, train_tokenizer
+from flm_scale.data.tokens import Tokenizer, canary_strings, tokenizer_fingerprint, train_tokenizer
 from flm_scale.errors import DataError
 
 TEXTS = ["a teal triangle", "a red circle", "is there not a yellow shape in the image?", "un café noir"] * 5
@@ -64,6 +65,21 @@ def test_both_unicode_spellings_give_the_same_ids(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("un caf\u00e9 noir", max_length=50)
     assert tokenizer.encode("un cafe\u0301 noir", max_length=50) == ids
     assert tokenizer.unk_id not in ids
+
+
+def test_the_canary_tells_what_a_tokenizer_makes_of_fixed_strings(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The strings of today are those of tomorrow: every token id on a disk is bound to what was made of them."""
+    strings = canary_strings(["\u2581a", "b", "\u2581teal"])
+    assert len(strings) == 1000
+    assert hashlib.sha256("\0".join(strings).encode()).hexdigest() == "022422fe48cc47b8a206b716d7c06c430d7fa8ba5286333e84ade04cf74d4205"
+    train_tokenizer([text[::-1] for text in TEXTS], vocab_size=300, model_file=tmp_path / "other")
+    assert tokenizer.canary != Tokenizer(tmp_path / "other").canary
+    assert tokenizer.canary == pickle.loads(pickle.dumps(tokenizer)).canary
+
+
+def test_texts_are_encoded_alike_one_by_one_and_together(tokenizer: Tokenizer) -> None:
+    texts = canary_strings(tokenizer.pieces(range(tokenizer.vocab_size)))
+    assert tokenizer.encode_all(texts) == tokenizer.encode_all(texts, threads=2) == [tokenizer.encode(text, max_length=1000) for text in texts]
 
 
 def test_tokenizer_travels_to_another_process(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,272 @@
+"""Token ids beside the shards: written when a dataset gets its tokenizer, mapped into memory by the loader, so that nothing is encoded at a start.
+
+    tokens/<first 8 of the fingerprint>/train/00000.arrow   a row a picture: the ids of its captions with content, BOS to EOS, never cut
+    tokens/<first 8 of the fingerprint>/train.lengths.u16   [captions] how long each is, of all shards; what the order plans with
+    tokens/<first 8 of the fingerprint>/train.starts.i64    [images + 1] where each picture's captions begin there; not where each has one
+    tokens/<first 8 of the fingerprint>/train.json          what both are of; written last
+
+A sidecar is bound to the tokenizer (fingerprint, and the canary of the library that cut), to the index whose captions it holds, and to its own
+content; all is checked when it is mapped. None of it is part of the dataset's root: it follows from what is.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flm_scale.data.index import ShardCache, index_columns, map_arrow, write_arrow
+from flm_scale.data.manifest import Shard, Shards, replaced
+from flm_scale.data.order import BLOCK
+from flm_scale.data.shards import TOKENS, Dataset
+from flm_scale.data.tokens import Tokenizer
+from flm_scale.errors import DataError
+
+LONGEST = 65535
+"""Greater lengths are stated as this: no run takes captions of that length whole."""
+MEANING = {"tokenizer": "tokenizer", "canary": "way to cut (canary)", "index": "captions (index)", "shards": "shards (shards.parquet)"}
+"""In words, what token ids are bound to."""
+
+
+class Ids(NamedTuple):
+    """The captions of a shard, as views of its mapped sidecar."""
+
+    ids: np.ndarray
+    """All captions' ids, one behind the other."""
+    bounds: np.ndarray
+    """[captions + 1] where each begins."""
+    starts: np.ndarray
+    """[pictures + 1] where each picture's captions begin in `bounds`."""
+
+    @property
+    def content(self) -> str:
+        """Hash of all three."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in self)).hexdigest()
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[captions] tokens of each, BOS and EOS too."""
+        lengths: np.ndarray = np.minimum(np.diff(self.bounds), LONGEST)
+        return lengths
+
+    def are_captions(self, vocab_size: int) -> bool:
+        """Return whether every caption has content, and every id is the vocabulary's."""
+        return bool(self.lengths.min(initial=3) >= 3 and self.ids.max(initial=0) < vocab_size)
+
+
+class Joined(BaseModel):
+    """What the lengths of a split are of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tokenizer: str
+    canary: str
+    shards: str
+    """sha256 of shards.parquet."""
+    images: int
+    captions: int
+    is_one_each: bool
+    """Every picture has one caption, and there is no file of starts."""
+
+
+def folder_of(folder: Path, fingerprint: str) -> Path:
+    """Return where a dataset's token ids of one tokenizer lie."""
+    return folder / TOKENS / fingerprint[:8]
+
+
+class TokenIds:
+    """The token ids of a split's captions with content, an item a picture; mapped shard by shard as they are asked for."""
+
+    def __init__(self, dataset: Dataset, split: str, tokenizer: Tokenizer, max_length: int = LONGEST) -> None:
+        """max_length: longer captions are cut and keep their EOS.
+
+        Raises DataError when there are no ids, or they are not of this dataset and tokenizer as this process cuts.
+        """
+        self.dataset, self.split, self.tokenizer, self.max_length = dataset, split, tokenizer, max_length
+        self.shards = dataset.shards(split)
+        self._ids = ShardCache(self.shards.counts, self.read_shard)
+        joined = _read_joined(dataset, split, tokenizer)
+        folder = folder_of(dataset.folder, tokenizer.fingerprint)
+        self.lengths = _map_numbers(dataset, folder / f"{split}.lengths.u16", np.uint16, joined.captions)
+        """[captions] of the whole split, uncut, mapped."""
+        self.starts = None if joined.is_one_each else _map_numbers(dataset, folder / f"{split}.starts.i64", np.int64, joined.images + 1)
+        """[images + 1] where each picture's captions begin among them, mapped; None for one caption a picture."""
+        if not _can_be_planned(self.lengths, self.starts):
+            raise _unusable(dataset.folder, f"the lengths of '{split}' are not those of captions")
+
+    def __len__(self) -> int:
+        """Return the number of pictures."""
+        return len(self._ids)
+
+    def __getitem__(self, image: int) -> list[np.ndarray]:
+        """Return the ids, BOS to EOS, of each of a picture's captions."""
+        shard, row = self._ids.find(image)
+        ids, bounds, starts = self._ids.of_shard(shard)
+        captions = (ids[bounds[caption]:bounds[caption + 1]].astype(np.int32) for caption in range(starts[row], starts[row + 1]))
+        return [ids if len(ids) <= self.max_length else np.append(ids[:self.max_length - 1], ids[-1]) for ids in captions]
+
+    def __reduce__(self) -> tuple[type["TokenIds"], tuple[Dataset, str, Tokenizer, int]]:
+        """Leave the maps behind."""
+        return TokenIds, (self.dataset, self.split, self.tokenizer, self.max_length)
+
+    def read_shard(self, number: int) -> Ids:
+        """Map a shard's. Raises DataError when they are not what they state, or not of the lengths that the order plans with."""
+        shard = self.shards[number]
+        found = read_sidecar(self.dataset.folder, shard, self.tokenizer)
+        images = slice(*(int(end) for end in (self._ids.ends[number] - shard.count, self._ids.ends[number] + 1)))
+        starts = np.arange(images.start, images.stop) if self.starts is None else self.starts[images]
+        planned = self.lengths[starts[0]:starts[-1]]
+        if np.array_equal(starts - starts[0], found.starts) and np.array_equal(planned, found.lengths):
+            return found
+        raise _unusable(self.dataset.folder, f"token ids of {shard.name} are of other lengths than {self.split}.lengths.u16 states")
+
+
+def write_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer, *, threads: int = 1, attempt: int = 0) -> None:
+    """Encode the captions of a shard; the same bytes whoever does it. Captions without content are left out.
+
+    folder: of the dataset.   threads: that encode.   attempt: as of `write_shard`.
+    """
+    import pyarrow as pa
+
+    (captions,) = index_columns(folder, shard, ["captions"])
+    encoded = iter(tokenizer.encode_all(list(chain.from_iterable(captions)), threads=threads))
+    kept = [[ids for ids in islice(encoded, len(texts)) if len(ids) > 2] for texts in captions]
+    flat = list(chain.from_iterable(kept))
+    ids = np.fromiter(chain.from_iterable(flat), np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, sum(map(len, flat)))
+    bounds, starts = (np.cumsum([0, *map(len, parts)]).astype(np.int32) for parts in (flat, kept))
+    column = pa.ListArray.from_arrays(starts, pa.ListArray.from_arrays(bounds, ids))
+    metadata = {**_binding(shard, tokenizer), "content": Ids(ids, bounds, starts).content}
+    file = folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(file, attempt) as part:
+        write_arrow(part, pa.RecordBatch.from_arrays([column], schema=pa.schema([("ids", column.type)], metadata=metadata)))
+
+
+def read_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer) -> Ids:
+    """Map the token ids of a shard. Raises DataError when they are of another tokenizer or index, missing or damaged."""
+    import pyarrow as pa
+
+    file = folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name
+    try:
+        batch = map_arrow(file)
+        stated = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+        _check_binding(folder, file, stated, _binding(shard, tokenizer))
+        if batch.num_rows == shard.count and batch.schema.types in [[pa.list_(pa.list_(kind))] for kind in (pa.uint16(), pa.uint32())]:
+            batch.validate(full=True)
+            column = batch.column(0)
+            views = (values.to_numpy() for values in (column.values.values, column.values.offsets, column.offsets))
+            found = Ids(*views)
+            if found.content == stated.get("content") and found.are_captions(tokenizer.vocab_size):
+                return found
+        problem = "they are not what they state"
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        problem = str(error).partition("\n")[0]
+    raise _unusable(folder, f"token ids {file.relative_to(folder)} cannot be read ({problem})")
+
+
+def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.cpu_count() or 1) -> None:
+    """Write the token ids of all shards, but for those that are there, and the lengths of each split. May be killed and run again.
+
+    workers: threads that encode.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    for split in dataset.splits:
+        shards = dataset.shards(split)
+
+        def ids_of_all(shards: Shards = shards, split: str = split) -> Iterator[Ids]:
+            for shard in track(shards, total=len(shards), description=f"tokens of {split}", transient=True, console=console,
+                               disable=not console.is_terminal):
+                try:
+                    yield read_sidecar(dataset.folder, shard, tokenizer)
+                except DataError:
+                    write_sidecar(dataset.folder, shard, tokenizer, threads=workers)
+                    yield read_sidecar(dataset.folder, shard, tokenizer)
+
+        _join(dataset, split, tokenizer, ids_of_all())
+
+
+def _join(dataset: Dataset, split: str, tokenizer: Tokenizer, ids_of_all: Iterable[Ids]) -> None:
+    """Write the lengths of a split and where its pictures' captions begin, the statement of what they are last."""
+    folder = folder_of(dataset.folder, tokenizer.fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.json").unlink(missing_ok=True)
+    images, captions, is_one_each = 0, 0, True
+    with ExitStack() as stack:
+        parts = [stack.enter_context(replaced(folder / f"{split}.{name}")) for name in ("lengths.u16", "starts.i64")]
+        lengths, starts = (stack.enter_context(part.open("wb")) for part in parts)
+        starts.write(np.zeros(1, "<i8").tobytes())
+        for ids in ids_of_all:
+            lengths.write(ids.lengths.astype("<u2").tobytes())
+            starts.write((captions + ids.starts[1:].astype("<i8")).tobytes())
+            images, captions = images + len(ids.starts) - 1, captions + len(ids.bounds) - 1
+            is_one_each = is_one_each and bool((np.diff(ids.starts) == 1).all())
+    if is_one_each:
+        (folder / f"{split}.starts.i64").unlink()
+    joined = Joined(tokenizer=tokenizer.fingerprint, canary=tokenizer.canary, shards=dataset.manifest.shards_sha256, images=images, captions=captions,
+                    is_one_each=is_one_each)
+    with replaced(folder / f"{split}.json") as part:
+        part.write_text(joined.model_dump_json(indent=1) + "\n")
+
+
+def _read_joined(dataset: Dataset, split: str, tokenizer: Tokenizer) -> Joined:
+    file = folder_of(dataset.folder, tokenizer.fingerprint) / f"{split}.json"
+    if not file.is_file():
+        raise DataError(f"dataset {dataset.folder} has no token ids of '{split}' by the tokenizer {tokenizer.fingerprint[:12]}; write them: "
+                        f"flm tokenizer encode {dataset.folder}")
+    try:
+        joined = Joined.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} is damaged") from error
+    expected = {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "shards": dataset.manifest.shards_sha256}
+    _check_binding(dataset.folder, file, joined.model_dump(), expected)
+    images = dataset.manifest.splits[split].images
+    if joined.images != images or (joined.is_one_each and joined.captions != images):
+        raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} has {joined.images} images and {joined.captions} captions; "
+                                        f"the split has {images} images")
+    return joined
+
+
+def _map_numbers(dataset: Dataset, file: Path, kind: type[np.unsignedinteger | np.signedinteger], count: int) -> np.ndarray:
+    """Map a file of nothing but numbers."""
+    try:
+        size, expected = file.stat().st_size, count * np.dtype(kind).itemsize
+        if size == expected:
+            return np.asarray(np.memmap(file, np.dtype(kind).newbyteorder("<"), "r")) if count else np.zeros(0, kind)
+        problem = f"{size} bytes; {expected} are stated"
+    except OSError as error:
+        problem = str(error)
+    raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} cannot be read ({problem})")
+
+
+def _can_be_planned(lengths: np.ndarray, starts: np.ndarray | None) -> bool:
+    """Return whether an order can be made of them. Whether they are those of the token ids is seen when these are mapped."""
+    if lengths.min(initial=3) < 3:
+        return False
+    if starts is None:
+        return True
+    rises = all((np.diff(starts[begin:begin + BLOCK + 1]) >= 0).all() for begin in range(0, len(starts), BLOCK))
+    return bool(rises and starts[0] == 0 and starts[-1] == len(lengths))
+
+
+def _binding(shard: Shard, tokenizer: Tokenizer) -> dict[str, str]:
+    """Return what the token ids of a shard follow from."""
+    return {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "index": shard.index_sha256}
+
+
+def _check_binding(folder: Path, file: Path, stated: Mapping[str, object], expected: Mapping[str, str]) -> None:
+    for name, value in expected.items():
+        if stated.get(name) != value:
+            raise _unusable(folder, f"token ids {file.relative_to(folder)} are of the {MEANING[name]} {str(stated.get(name))[:12]}; "
+                                    f"the dataset and this process have {value[:12]}")
+
+
+def _unusable(folder: Path, what: str) -> DataError:
+    return DataError(f"dataset {folder}: {what}; write them again: flm tokenizer encode {folder}")
