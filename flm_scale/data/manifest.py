@@ -226,6 +226,18 @@ class Preparation(_Entry):
     """Of the libraries that decide bytes."""
 
 
+class Derivation(_Entry):
+    """How a dataset was made of another, which stays as it is."""
+
+    parent: str
+    """Root of the other."""
+    by: Literal["filter", "reshard", "score"]
+    values: dict[str, Any]
+    """What was asked for; files by their hashes, not by their paths."""
+    counts: dict[str, int] = {}
+    """What came of it, such as how many samples meet each condition."""
+
+
 class Manifest(_Entry):
     """dataset.json: everything that decides what the dataset says; `root` is the hash of the rest."""
 
@@ -235,8 +247,16 @@ class Manifest(_Entry):
     splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], Split]
     tokenizer: TokenizerEntry | None = None
     preparation: Preparation | None = None
+    derivations: list[Derivation] = []
+    """From the dataset that was prepared to this one; empty for that one."""
     shards_sha256: str
     root: str = ""
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether tars may hold samples that their indexes leave out: the dataset was filtered, and its tars not written anew since."""
+        makers = [derivation.by for derivation in self.derivations if derivation.by != "score"]
+        return makers[-1:] == ["filter"]
 
     def computed_root(self) -> str:
         """Return the sha256 of the canonical JSON of everything except `root`."""

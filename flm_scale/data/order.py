@@ -151,7 +151,7 @@ class Shuffle:
             return Chosen(ones - 1, ones, self.costs.tokens[images], self.costs.views[images])
         begin = np.asarray(starts[images], np.int64)
         num_captions = np.asarray(starts[images + 1], np.int64) - begin
-        first = _keyed_integers(images, num_captions, key=keyed_number("captions", self.seed, epoch))
+        first = keyed_integers(images, num_captions, key=keyed_number("captions", self.seed, epoch))
         taken, tokens, views = (np.zeros(len(images), np.int64) for _ in range(3))
         waiting = np.flatnonzero(num_captions)
         for number in range(self.captions_per_image):
@@ -247,7 +247,7 @@ def _end_of_fitting(token_sums: list[int], view_sums: list[int], begin: int, end
                bisect_right(view_sums, view_sums[begin] + batch.captions, begin, end + 1)) - 1
 
 
-def _keyed_integers(numbers: np.ndarray, below: np.ndarray, *, key: int) -> np.ndarray:
+def keyed_integers(numbers: np.ndarray, below: np.ndarray, *, key: int) -> np.ndarray:
     """Return for each number an integer in [0, below) that depends on it and the key alone; 0 where `below` is 0.
 
     Its 64 bits, and the key's, are mixed by SplitMix64's finaliser (Steele, Lea and Flood, 2014).

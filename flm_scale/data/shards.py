@@ -20,6 +20,7 @@ from flm_scale.data.manifest import (
     DATASET,
     FORMAT_1,
     SHARDS,
+    Derivation,
     Manifest,
     Preparation,
     Shard,
@@ -93,9 +94,14 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], *, table: "C
             parquet.write_table(table(), part)
             entry = entry.model_copy(update={"table_bytes": part.stat().st_size, "table_sha256": _file_sha256(part)})
     if stats:
-        with replaced(folder / stats_name(name), attempt) as part:
-            part.write_text(json.dumps({**stats(), "shard": entry.model_dump()}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        commit_shard(folder, entry, stats(), attempt=attempt)
     return entry
+
+
+def commit_shard(folder: Path, entry: Shard, stats: Mapping[str, Any], *, attempt: int = 0) -> None:
+    """Write a shard's counts and times, the last of its files: from now on it is complete."""
+    with replaced(folder / stats_name(entry.name), attempt) as part:
+        part.write_text(json.dumps({**stats, "shard": entry.model_dump()}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_committed_shard(folder: Path, name: str) -> Shard | None:
@@ -109,7 +115,7 @@ def read_committed_shard(folder: Path, name: str) -> Shard | None:
 
 
 def seal_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str]], splits: Mapping[str, Sequence[Shard]],
-                 preparation: Mapping[str, Any] | None = None, readme: str) -> "Dataset":
+                 preparation: Mapping[str, Any] | None = None, derivations: Sequence[Derivation] = (), readme: str) -> "Dataset":
     """State the shards of each split, in order, as a dataset: writes shards.parquet, README.md and dataset.json.
 
     preparation: the fields of `Preparation`. What killed writers left is removed: none may be at work any more.
@@ -121,7 +127,7 @@ def seal_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str]
     (folder / "README.md").write_text(readme, encoding="utf-8")
     manifest = Manifest(name=name, sources=[Source(**source) for source in sources], shards_sha256=digest,
                         splits={split: Split.of(shards.of_split(split)) for split in splits},
-                        preparation=Preparation.model_validate(preparation) if preparation else None)
+                        preparation=Preparation.model_validate(preparation) if preparation else None, derivations=list(derivations))
     return Dataset(folder, manifest.write(folder), shards)
 
 

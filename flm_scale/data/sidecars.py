@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +26,9 @@ from flm_scale.data.order import BLOCK
 from flm_scale.data.shards import TOKENS, Dataset
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LONGEST = 65535
 """Greater lengths are stated as this: no run takes captions of that length whole."""
@@ -42,6 +45,22 @@ class Ids(NamedTuple):
     """[captions + 1] where each begins."""
     starts: np.ndarray
     """[pictures + 1] where each picture's captions begin in `bounds`."""
+
+    @classmethod
+    def of(cls, column: "pa.ListArray") -> "Ids":
+        """Return views of a column of lists of lists."""
+        return cls(*(values.to_numpy() for values in (column.values.values, column.values.offsets, column.offsets)))
+
+    @property
+    def column(self) -> "pa.ListArray":
+        """The same as a column: a list a picture, of a list a caption."""
+        import pyarrow as pa
+
+        return pa.ListArray.from_arrays(self.starts, pa.ListArray.from_arrays(self.bounds, self.ids))
+
+    def take(self, pictures: np.ndarray) -> "Ids":
+        """Return the captions of some of the pictures."""
+        return Ids.of(self.column.take(pictures))
 
     @property
     def content(self) -> str:
@@ -131,20 +150,24 @@ def write_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer, *, threads: 
 
     folder: of the dataset.   threads: that encode.   attempt: as of `write_shard`.
     """
-    import pyarrow as pa
-
     (captions,) = index_columns(folder, shard, ["captions"])
     encoded = iter(tokenizer.encode_all(list(chain.from_iterable(captions)), threads=threads))
     kept = [[ids for ids in islice(encoded, len(texts)) if len(ids) > 2] for texts in captions]
     flat = list(chain.from_iterable(kept))
     ids = np.fromiter(chain.from_iterable(flat), np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, sum(map(len, flat)))
     bounds, starts = (np.cumsum([0, *map(len, parts)]).astype(np.int32) for parts in (flat, kept))
-    column = pa.ListArray.from_arrays(starts, pa.ListArray.from_arrays(bounds, ids))
-    metadata = {**_binding(shard, tokenizer), "content": Ids(ids, bounds, starts).content}
+    write_ids(folder, shard, tokenizer, Ids(ids, bounds, starts), attempt=attempt)
+
+
+def write_ids(folder: Path, shard: Shard, tokenizer: Tokenizer, ids: Ids, *, attempt: int = 0) -> None:
+    """Write ids as the sidecar of a shard, whose captions they must be."""
+    import pyarrow as pa
+
+    metadata = {**_binding(shard, tokenizer), "content": ids.content}
     file = folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced(file, attempt) as part:
-        write_arrow(part, pa.RecordBatch.from_arrays([column], schema=pa.schema([("ids", column.type)], metadata=metadata)))
+        write_arrow(part, pa.RecordBatch.from_arrays([ids.column], schema=pa.schema([("ids", ids.column.type)], metadata=metadata)))
 
 
 def read_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer) -> Ids:
@@ -158,9 +181,7 @@ def read_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer) -> Ids:
         _check_binding(folder, file, stated, _binding(shard, tokenizer))
         if batch.num_rows == shard.count and batch.schema.types in [[pa.list_(pa.list_(kind))] for kind in (pa.uint16(), pa.uint32())]:
             batch.validate(full=True)
-            column = batch.column(0)
-            views = (values.to_numpy() for values in (column.values.values, column.values.offsets, column.offsets))
-            found = Ids(*views)
+            found = Ids.of(batch.column(0))
             if found.content == stated.get("content") and found.are_captions(tokenizer.vocab_size):
                 return found
         problem = "they are not what they state"

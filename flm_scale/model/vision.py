@@ -3,10 +3,12 @@
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from flm_scale.config import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.model.pretrained import Account, Fate
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Colour = Sequence[float]
 
@@ -263,16 +268,57 @@ def _small_tower(config: SmallVisionConfig) -> nn.Module:
         "image_size": config.image_size}})
 
 
+class Clip(NamedTuple):
+    """An open_clip model whole, to score pictures against captions, with its own way to prepare both."""
+
+    model: Any
+    preprocess: Callable[["Image.Image"], Tensor]
+    """RGB picture to [3, height, width]."""
+    tokenize: Callable[[list[str]], Tensor]
+    """[texts, tokens]"""
+    weights: str
+    """sha256 of all weights by name."""
+
+
+def load_clip(name: str, pretrained: str, *, device: str) -> Clip:
+    """Return a model with its weights. pretrained: one of its tags, or a file.
+
+    Raises ConfigError for a name that open_clip does not have, CheckpointError for weights that cannot be had or do not fit.
+    """
+    import open_clip
+
+    known = open_clip.list_models()
+    if name not in known:
+        raise ConfigError(f"--model: open_clip has no model '{name}'{did_you_mean(name, known)}")
+    _check_tag_or_file(name, pretrained, option="--pretrained")
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
+        tokenize = open_clip.get_tokenizer(name)
+    except (AssertionError, EOFError, KeyError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"--pretrained ('{pretrained}') does not load into {name}: {reason}") from error
+    digest = hashlib.sha256()
+    for key, weight in sorted(model.state_dict().items()):
+        digest.update(key.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return Clip(model.eval(), preprocess, tokenize, digest.hexdigest())
+
+
+def _check_tag_or_file(name: str, pretrained: str, *, option: str) -> None:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise CheckpointError(f"{option} ('{pretrained}') is neither a file nor a tag of {name}; its tags: {', '.join(tags) or 'none'}")
+
+
 def _named_tower(config: OpenClipVisionConfig, *, load_pretrained: bool) -> nn.Module:
     import open_clip
 
     patch_size = named_sizes(config.name)["patch_size"]
     if config.image_size % patch_size:
         raise ConfigError(f"vision.image_size ({config.image_size}) must be a multiple of {config.name}'s patch size ({patch_size})")
-    tags = open_clip.list_pretrained_tags_by_model(config.name)
-    if config.pretrained and config.pretrained not in tags and not Path(config.pretrained).is_file():
-        raise CheckpointError(f"vision.pretrained ('{config.pretrained}') is neither a file nor a tag of {config.name}; its tags: "
-                              f"{', '.join(tags) or 'none'}")
+    if config.pretrained:
+        _check_tag_or_file(config.name, config.pretrained, option="vision.pretrained")
     if not (load_pretrained and config.pretrained):
         model = open_clip.get_model_config(config.name)
         model["vision_cfg"]["image_size"] = config.image_size
