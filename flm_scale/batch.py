@@ -12,7 +12,7 @@ the targets become `LossSums`, sums and counts that are added up before anything
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,6 +131,20 @@ class Batch:
         """Return the same batch in page-locked memory (torch's loader calls this)."""
         state = State(*(tensor.pin_memory() for tensor in self.state))
         return Batch(state, self.keys, self.num_captions, self.num_tokens, self.part_counts, self.bad_keys)
+
+
+def without_pixels(batch: Batch) -> dict[str, Any]:
+    """Return the fields of a batch as they are sent: a stand-in for pixels, and one tensor of all integers, because pickling costs by the tensor."""
+    pixels, integers = batch.state.packed()
+    return vars(batch) | {"state": (pixels.new_zeros(()).expand(pixels.shape), integers)}
+
+
+def restored(fields: dict[str, Any], *, room_for_pixels: bool) -> Batch:
+    """Return the batch of such fields: with memory that the pixels [N, 3, height, width] are to be received in, or with their stand-in."""
+    pixels, integers = fields["state"]
+    if room_for_pixels:
+        pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
+    return Batch(**fields | {"state": State.unpack(pixels, integers)})
 
 
 class Term(NamedTuple):

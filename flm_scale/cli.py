@@ -15,43 +15,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from flm_scale.cli_data import SPEC_VERBS
+from flm_scale.cli_data import VERBS as DATA_VERBS
 from flm_scale.config import Run
-from flm_scale.errors import ConfigError, DataError, ToldElsewhereError, UserError, did_you_mean
+from flm_scale.errors import ConfigError, ToldElsewhereError, UserError, did_you_mean
 from flm_scale.recipes import RECIPES
 
 RunDir = Annotated[Path, tyro.conf.Positional]
-
-
-def data_demo(folder: RunDir, *, large: bool = False, overwrite: bool = False) -> None:
-    """Build real demo shards: easy-vqa's pictures, captions and questions, and a tokenizer.
-
-    Args:
-        folder: where to build; a complete dataset is left alone.
-        large: the emoji and clip-art set instead (14,000 pairs; a few minutes, about 250 MB of packages).
-        overwrite: replace what is in the folder.
-    """
-    from flm_scale.data.demo import build_demo
-
-    build_demo(folder, large=large, overwrite=overwrite)
-
-
-def data_verify(folder: RunDir, *, fast: tyro.conf.FlagCreatePairsOff[bool] = False, full: tyro.conf.FlagCreatePairsOff[bool] = False) -> None:
-    """Compare every byte of a dataset with what it states, every tar with its index, and the token ids with their captions' index.
-
-    Args:
-        folder: the dataset.
-        fast: sizes and the heads of files alone.
-        full: every byte, as without a flag.
-    """
-    from flm_scale.data.shards import open_dataset
-    from flm_scale.data.verify import verify
-
-    if fast and full:
-        raise ConfigError("--fast and --full exclude each other; give one of them")
-    dataset = open_dataset(folder)
-    if problems := verify(dataset, fast=fast):
-        raise DataError(f"{folder}: {'; '.join(problems)}; restore what is named, or make it again")
-    print(f"{folder}: every file {'has the size' if fast else 'is as'} the dataset states ({dataset.root[:12]})")
 
 
 def data_order(recipe: Annotated[str, tyro.conf.Positional], *, step: int) -> None:
@@ -223,7 +193,7 @@ def report(run_dir: RunDir) -> None:
 
 
 VERBS: dict[tuple[str, ...], Callable[..., None]] = {
-    ("data", "demo"): data_demo, ("data", "verify"): data_verify, ("data", "order"): data_order,
+    **DATA_VERBS, ("data", "order"): data_order,
     ("tokenizer", "train"): tokenizer_train, ("tokenizer", "encode"): tokenizer_encode, ("tokenizer", "show"): tokenizer_show,
     ("checkpoint", "list"): checkpoint_list, ("checkpoint", "verify"): checkpoint_verify, ("checkpoint", "reshard"): checkpoint_reshard,
     ("checkpoint", "diff"): checkpoint_diff, ("checkpoint", "export"): checkpoint_export,
@@ -261,12 +231,15 @@ def _dispatch(words: list[str]) -> None:
         if verb in VERBS:
             _parse(VERBS[verb], words[size:], prog=f"flm {' '.join(verb)}")
             return
+        if verb in SPEC_VERBS:
+            _parse(SPEC_VERBS[verb](words[size:]), words[size:], prog=f"flm {' '.join(verb)}")
+            return
     groups = {verb[0] for verb in VERBS}
     if words[0] in groups and words[1:] in ([], ["-h"], ["--help"]):
         print(f"usage: flm {words[0]} COMMAND ...\n\n" + "\n".join(_verb_lines(words[0])) + f"\n\nflm {words[0]} COMMAND --help tells more.")
         return
     if words[0] in groups:
-        choices = [" ".join(verb) for verb in VERBS if verb[0] == words[0]]
+        choices = [" ".join(verb) for verb in SPEC_VERBS | VERBS if verb[0] == words[0]]
         raise ConfigError(f"flm {' '.join(words[:2])}: no such command; there is: {', '.join(choices)}")
     raise ConfigError(f"no command '{words[0]}'{did_you_mean(words[0], groups | RUN_VERBS.keys())} (flm --help lists them)")
 
@@ -391,7 +364,7 @@ def _run_of(recipe: str) -> Run:
 
 
 def _verb_lines(group: str = "") -> list[str]:
-    return [f"  flm {' '.join(verb):19}{_first_line(function)}" for verb, function in VERBS.items() if verb[0].startswith(group)]
+    return [f"  flm {' '.join(verb):19}{_first_line(function)}" for verb, function in (SPEC_VERBS | VERBS).items() if verb[0].startswith(group)]
 
 
 def _overview() -> str:

@@ -196,6 +196,14 @@ class DataConfig(Section):
     """When set, the folder's tokenizer must have this fingerprint; run.json always records it."""
     workers: int = Field(1, ge=0)
     """Decoding processes a model replica; 0 decodes in its first training process. The batches are the same for any number."""
+    feeder: Literal["local", "ray"] = "local"
+    """Who makes the micro-batches of training: `workers`, or a pool of Ray actors, and `workers` once that is gone. The batches are the same."""
+    feeders: int = Field(4, ge=1)
+    """Actors a model replica, a CPU each."""
+    feeder_labels: tuple[Annotated[str, Field(pattern=r"^[^=]+=.+$")], ...] = Field((), strict=False)
+    """NAME=VALUE that a feeder's node must have, as in Ray's label selectors: role=data, or role=!gpu to stay off the GPU hosts."""
+    ray_address: str = ""
+    """Of a running Ray cluster; empty takes RAY_ADDRESS or the cluster that the run is a job of, or else starts Ray on this machine."""
     captions_per_image: int = Field(8, ge=1)
     """At most this many captions of one image go together; which ones changes with the epoch."""
     max_bad_share: float = Field(0.01, ge=0, le=1)

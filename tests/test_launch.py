@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 import yaml
 
 from flm_scale.cli import main
-from flm_scale.data.shards import Dataset
+from flm_scale.data.shards import Dataset, open_dataset
+from tests.data.crawl import Crawl
 from tests.distributed.launch import Launch
 from tests.test_train import lines_of, train
 
@@ -74,7 +76,7 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         # The nodes' names are in no DNS, so the meeting point that would be the first of them is given.
-        self.environ = ENVIRON | {"SLURM_CONF": f"{folder}/slurm.conf", "MASTER_ADDR": "127.0.0.1", "PYTHON": sys.executable}
+        self.environ = ENVIRON | {"SLURM_CONF": f"{folder}/slurm.conf", "MASTER_ADDR": "127.0.0.1", "HEAD": "127.0.0.1", "PYTHON": sys.executable}
 
     def run(self, *command: str) -> str:
         return subprocess.run(command, cwd=ROOT, env=self.environ, check=True, timeout=60, capture_output=True, text=True).stdout.strip()
@@ -169,6 +171,21 @@ def test_a_job_with_a_stopped_rank_names_it_and_ends(slurm: Slurm, toy_dataset: 
     assert time.monotonic() - stopped < 60
     assert re.search(r"^flm: rank 1 \(.*\) is stopped or lost: nothing has moved for 10 s", Path(f"{run_dir}.out").read_text(), re.MULTILINE)
     assert "distributed_c10d.py" in (run_dir / "logs/rank_0.log").read_text(), "its stacks show what it waited for"
+
+
+@pytest.mark.slow
+def test_a_batch_job_prepares_on_two_nodes_what_one_machine_does(slurm: Slurm, tmp_path: Path) -> None:
+    with Crawl(120) as crawl:
+        words = ("data", "prepare", "--input", str(crawl.write_table(tmp_path / "table.parquet")), "--samples-per-shard", "20",
+                 "--fetch.allow-loopback", "--fetch.total-seconds", "2")
+        assert main([*words, "--output", str(tmp_path / "here"), "--workers", "2"]) == 0
+        job = slurm.run("sbatch", "--parsable", "--cpus-per-task=1", f"--output={tmp_path}/job.out", "cluster/slurm/prepare.sbatch", *words[2:],
+                        "--workers", "2", "--output", str(tmp_path / "there"))
+        assert slurm.last_state(job) == "COMPLETED", (tmp_path / "job.out").read_text()
+    assert open_dataset(tmp_path / "there").root == open_dataset(tmp_path / "here").root
+    log = Path(tempfile.gettempdir(), f"ray-{job}.log")
+    assert log.read_text().count("Ray runtime started") == 2
+    log.unlink()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from flm_scale.checkpoint.reader import Checkpoint, first_of
 from flm_scale.checkpoint.weights import checkpoint_at, flat_values
 
 LARGEST_SHOWN = 10
-HOW_WRITTEN = ("layout", "versions", "parallel", "log", "data.workers")
+HOW_WRITTEN = ("layout", "versions", "parallel", "log", "data.workers", "data.feeder", "data.feeders", "data.feeder_labels", "data.ray_address")
 """Values, of the run and of state.json, that say how a checkpoint was written and not what is in it."""
 
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from itertools import count, islice
 from threading import Thread
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from flm_scale.batch import Batch, Example
 from flm_scale.config import AugmentConfig, DataConfig, Run, micro_steps
 from flm_scale.data import shards
 from flm_scale.data.augment import decode_augmented
+from flm_scale.data.feeders import fed_by_ray
 from flm_scale.data.index import Index
 from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
@@ -124,7 +126,8 @@ class Loader:
         if self.state | {"micro_batch": 0} != start:
             raise DataError(f"{run.data.path}: the checkpoint's place in the data is {self.state}, and a run on this data begins at {start}; "
                             "resume with the data it had, or train anew in another --run-dir")
-        self._batches = iter(torch_loader(self._dataset, self._orders(self.state["micro_batch"] + rank, stride=size), workers=run.data.workers))
+        orders, local = self._orders(self.state["micro_batch"] + rank, stride=size), partial(torch_loader, self._dataset, workers=run.data.workers)
+        self._batches = iter(fed_by_ray(self._dataset, orders, run, otherwise=local) if run.data.feeder == "ray" else local(orders))
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step and move the state behind it."""
@@ -146,11 +149,8 @@ class Loader:
         return [self._dataset.keys(order) for order in islice(self._orders(first, stride=1), self.run.batch.micro_batches)]
 
     def _orders(self, first: int, *, stride: int) -> Iterator[Order]:
-        """Yield every stride-th micro-batch of the endless row."""
-        for number in count(first, stride):
-            source, place = place_in_mixture(number, self._shares)
-            epoch, place = self._shuffles[source].find(place)
-            yield Order(epoch, self._shuffles[source].micro_batch(epoch, place), source=source)
+        """Return every stride-th micro-batch of the endless row."""
+        return mixed_orders(self._shuffles, self._shares, first, stride=stride)
 
 
 def open_mixture(config: DataConfig) -> list[shards.Dataset]:
@@ -169,6 +169,14 @@ def open_mixture(config: DataConfig) -> list[shards.Dataset]:
     for dataset in datasets:
         TokenIds(dataset, "train", tokenizer)  # before a run makes its directory
     return datasets
+
+
+def mixed_orders(shuffles: Sequence[Shuffle], shares: Sequence[Fraction], first: int, *, stride: int) -> Iterator[Order]:
+    """Yield every stride-th micro-batch of a mixture's endless row. Knows no loader, so that one that is dropped ends its feeders at once."""
+    for number in count(first, stride):
+        source, place = place_in_mixture(number, shares)
+        epoch, place = shuffles[source].find(place)
+        yield Order(epoch, shuffles[source].micro_batch(epoch, place), source=source)
 
 
 def mixture_shares(weights: Sequence[float]) -> list[Fraction]:

@@ -37,11 +37,16 @@ def settle(folder: Path) -> None:
     """Bring to an end what a killed rewrite has left. Call it before shards are looked at, while none is rewritten: it saves a shard from being
     prepared again."""
     for stats in list((folder / STAGING).glob("*/*/[!.]*_stats.json")):
-        staging = stats.parents[1]
-        name = f"{stats.parent.name}/{stats.name.removesuffix('_stats.json')}.tar"
-        if read_committed_shard(folder, name) is None:
-            _move(staging, folder)
+        settle_shard(folder, f"{stats.parent.name}/{stats.name.removesuffix('_stats.json')}.tar")
     shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def settle_shard(folder: Path, name: str) -> Shard | None:
+    """Do that for one shard, while others may be rewritten, and return its entry if it is whole now."""
+    for stats in list((folder / STAGING).glob(f"*/{stats_name(name)}")):
+        if read_committed_shard(folder, name) is None:
+            _move(stats.parents[1], folder)
+    return read_committed_shard(folder, name)
 
 
 def _move(staging: Path, folder: Path) -> None:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from flm_scale.batch import Batch, State
+from flm_scale.batch import Batch, restored, without_pixels
 from flm_scale.data.loader import Loader
 from flm_scale.errors import ToldElsewhereError
 from flm_scale.parallel.mesh import Layout
@@ -88,20 +87,6 @@ class ReplicaLoader:
         box = [message]
         dist.broadcast_object_list(box, self.reader, group=self._group)
         return box[0]
-
-
-def without_pixels(batch: Batch) -> dict[str, Any]:
-    """Return the fields of a batch as they are sent: a stand-in for pixels, and one tensor of all integers, because pickling costs by the tensor."""
-    pixels, integers = batch.state.packed()
-    return vars(batch) | {"state": (pixels.new_zeros(()).expand(pixels.shape), integers)}
-
-
-def restored(fields: dict[str, Any], *, room_for_pixels: bool) -> Batch:
-    """Return the batch of such fields: with memory that the pixels [N, 3, height, width] are to be received in, or with their stand-in."""
-    pixels, integers = fields["state"]
-    if room_for_pixels:
-        pixels = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=torch.cuda.is_available())
-    return Batch(**fields | {"state": State.unpack(pixels, integers)})
 
 
 def _own_group(groups: list[list[int]]) -> dist.ProcessGroup | None:

@@ -23,7 +23,8 @@ REPOSITORY = PACKAGE.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"train", "plan"},
+    {"cli_data"},
+    {"train", "plan", "score"},
     {"evals"},
     {"guard", "run_dir"},
     {"engine", "checkpoint", "observe"},
@@ -38,7 +39,7 @@ LAYERS = [
     {"export"},
 ]
 DOORS = {
-    "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/fleet.py", "webdataset": "data/shards.py",
+    "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/actors.py", "webdataset": "data/shards.py",
     "open_clip": "model/vision.py", "timm": "model/vision.py", "sentencepiece": "data/tokens.py", "transformers": "export.py",
     "aiohttp": "data/fetch.py", "simplejpeg": "data/images.py", "py3langid": "data/filters.py", "torchvision": "data/augment.py",
 }

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from flm_scale import train
-from flm_scale.batch import Batch
+from flm_scale.batch import Batch, restored, without_pixels
 from flm_scale.cli import main
 from flm_scale.errors import DataError, ToldElsewhereError
 from flm_scale.parallel.mesh import Layout
-from flm_scale.parallel.replica import ReplicaLoader, restored, without_pixels
+from flm_scale.parallel.replica import ReplicaLoader
 from tests.synthetic import random_batch, tiny_run
 
 

@@ -1,0 +1,323 @@
+"""The driver of a preparation: inputs and a spec in, a dataset out, by a fleet of workers that may die at any time, as may the driver.
+
+What is done is told by the shards on disk alone: a driver starts from what it finds there, and makes what is missing. Everything in a dataset's
+folder comes from one spec and one input, which it remembers in ledger/preparation.json; others are refused with the difference.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from flm_scale.data.finish import finish
+from flm_scale.data.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
+from flm_scale.data.inputs import Input, open_inputs
+from flm_scale.data.ledger import FOLDER, Ledger, Lock, locked, read_ledger, write_json
+from flm_scale.data.manifest import DATASET, Manifest, Shard, stats_name
+from flm_scale.data.rewrite import settle, settle_shard
+from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
+from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.spec import Spec, difference
+from flm_scale.data.stages import Work, plan_work, prepare_shard
+from flm_scale.data.status import Display, Meter, State, write_status
+from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.worker import Work as Doing
+from flm_scale.errors import ConfigError, DataError
+
+STATUS_SECONDS = 2.0
+RISKY_STAGES = frozenset({"decode"})  # of prepare_shard
+GIVEN_UP_IN_A_ROW = 10
+"""Shards in quarantine, and none done in between, end the preparation: a full disk is no shard's own fault."""
+READ_AT_ONCE, READ_TOGETHER = 16, 256  # small files of a shared file system: threads, and files for each at a time
+WORDS = {"done": "committed", "given_up": "quarantined"}
+"""What the ledger calls the fleet's events."""
+
+
+class Plan(NamedTuple):
+    """A preparation whose folder this process holds."""
+
+    folder: Path
+    spec: Spec
+    inputs: Sequence[Input]
+    works: Sequence[Work]
+    lock: Lock
+    options: FleetOptions
+
+
+def prepare(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions) -> bool:
+    """Make the dataset, or what is missing of it. False when shards are in quarantine, which are then named.
+
+    Raises ConfigError when the folder belongs to another spec or input, DataError when another driver is at work there.
+    """
+    with opened(inputs, folder, spec, options) as plan:
+        committed = committed_shards(plan)
+        todo = [work for work in plan.works if work.name not in committed]
+        print(f"{plan.folder}: {len(plan.works):,} shards of {sum(entry.rows for entry in plan.inputs):,} rows, {len(committed):,} of them done",
+              file=sys.stderr)
+        return work_through(plan, todo, partial(prepare_shard, plan.folder, spec, plan.inputs), committed)
+
+
+def remembered(folder: Path) -> tuple[Spec, list[Path]]:
+    """Return the spec and the input paths that a folder was begun with. Raises DataError when nothing was prepared there."""
+    file = folder / FOLDER / "preparation.json"
+    try:
+        content = json.loads(file.read_bytes())
+        return Spec.model_validate_json(json.dumps(content["spec"])), [Path(entry["path"]) for entry in content["inputs"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} was not prepared ({file} cannot be read); begin with: flm data prepare --input X --output {folder}") from error
+
+
+@contextmanager
+def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions) -> Iterator[Plan]:
+    """Hold the folder, and open the inputs; what a killed driver left half done there is brought to its end."""
+    folder = folder.resolve()
+    if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
+    with locked(folder) as lock, _stopped_by_signals():
+        found = _open_inputs(spec, inputs)
+        _remember(folder / FOLDER / "preparation.json", spec, found)
+        settle(folder)
+        yield Plan(folder, spec, found, plan_work(spec, found), lock, options)
+
+
+def _open_inputs(spec: Spec, paths: Sequence[Path]) -> list[Input]:
+    if spec.input.warning:
+        print(f"flm: {spec.input.warning}", file=sys.stderr)
+    with Console(stderr=True).status("the inputs are read, for their hashes") as line:
+        return open_inputs(spec, [path.resolve() for path in paths], progress=lambda name: line.update(f"the inputs are read: {name}"))
+
+
+def _remember(file: Path, spec: Spec, inputs: Sequence[Input]) -> None:
+    """Note spec and inputs at the first start; refuse others at every later one."""
+    # Through JSON, so that both sides of the comparison are what JSON knows.
+    now = json.loads(json.dumps({"spec": spec.model_dump(mode="json"), "decisive": spec.decisive(),
+                                 "inputs": [{"path": str(entry.path), "sha256": entry.sha256, "rows": entry.rows} for entry in inputs]}))
+    if file.exists():
+        before = json.loads(file.read_bytes())
+        if lines := difference(before["decisive"], now["decisive"]):
+            raise ConfigError(f"{file.parent.parent} has another spec: {'; '.join(lines)}; give the old values, or choose another --output")
+        was, is_now = ([(entry["sha256"], entry["rows"]) for entry in content["inputs"]] for content in (before, now))
+        if was != is_now:
+            differ = [entry["path"] for entry, here in zip(now["inputs"], is_now, strict=True) if here not in was] or ["their number or order"]
+            raise ConfigError(f"{file.parent.parent} has other inputs ({len(was)} with {sum(rows for _, rows in was):,} rows; what differs: "
+                              f"{', '.join(differ)}); restore them, or choose another --output")
+    write_json(file, now)  # paths, and values that decide nothing, may have changed
+
+
+def committed_shards(plan: Plan) -> dict[str, Shard]:
+    """Return the shards that are whole on disk."""
+
+    def read(first: int) -> list[Shard]:
+        found = (read_committed_shard(plan.folder, work.name) for work in plan.works[first : first + READ_TOGETHER])
+        return [shard for shard in found if shard]
+
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        return {shard.name: shard for some in pool.map(read, range(0, len(plan.works), READ_TOGETHER)) for shard in some}
+
+
+def work_through(plan: Plan, todo: Sequence[Work], doing: Doing[Work], committed: Mapping[str, Shard]) -> bool:
+    """Let the fleet do something to shards, and seal the dataset when all are whole; False when some are in quarantine."""
+    attempts, reports = _history(plan, committed)
+    meter = Meter({work.name: work.stop - work.first for work in plan.works}, done={name: reports[name] for name in committed if name in reports})
+    with ray_session(plan.options) if todo else nullcontext():
+        return _follow_and_seal(plan, doing, todo, attempts, meter)
+
+
+def _follow_and_seal(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> bool:
+    if todo:
+        with _status_at_the_end(plan.folder, meter):
+            _follow(plan, doing, todo, attempts, meter)
+    if meter.quarantined:
+        for shard, reason in meter.quarantined.items():
+            print(f"flm: shard {shard} is in quarantine: {reason}", file=sys.stderr)
+        print(f"flm: {len(meter.quarantined)} of {len(plan.works)} shards are missing; to try them again: flm data repair {plan.folder}",
+              file=sys.stderr)
+        return False
+    write_status(plan.folder, meter.status("sealing"))
+    dataset = _seal(plan, committed_shards(plan), attempts)
+    kept, prepared = int(dataset.shards().counts.sum()), dataset.manifest.preparation
+    write_status(plan.folder, replace(meter.status("done"), kept=kept, fates=prepared.fates if prepared else {}))
+    print(f"{plan.folder}: {kept:,} samples in {len(plan.works):,} shards ({dataset.root[:12]}); "
+          f"flm data verify {plan.folder} reads every byte again")
+    return True
+
+
+@contextmanager
+def _status_at_the_end(folder: Path, meter: Meter) -> Iterator[None]:
+    state: State = "stopped"
+    try:
+        yield
+        state = "failed" if meter.quarantined else "sealing"
+    finally:
+        write_status(folder, meter.status(state))
+
+
+def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> None:
+    """Run the fleet to the end, count and write down what happens, and show how it goes."""
+    shown, given_up_in_a_row = 0.0, 0
+    with _fleet(plan, doing, plan.options) as fleet, closing(Ledger(plan.folder)) as ledger, Display() as display:
+        for event in fleet.run(todo, first_attempt=lambda work: attempts.get(work.name, 0)):
+            if event:
+                meter.take(event)
+                _note(plan.folder, ledger, event)
+                given_up_in_a_row = 0 if event.kind == "done" else given_up_in_a_row + (event.kind == "given_up")
+                if given_up_in_a_row >= GIVEN_UP_IN_A_ROW:
+                    raise FleetError(f"{given_up_in_a_row} shards in a row came to nothing, the last by: {event.reason}; put that right and start "
+                                     "the same command again")
+            if time.monotonic() - shown > STATUS_SECONDS:
+                shown = time.monotonic()
+                status = meter.status("running", fleet)
+                write_status(plan.folder, status)
+                display.show(status)
+                plan.lock.renew()
+
+
+def _fleet(plan: Plan, doing: Doing[Any], options: FleetOptions) -> Fleet[Any]:
+    notes = plan.folder / FOLDER / "beats"
+    shutil.rmtree(notes, ignore_errors=True)
+    return Fleet(doing, options, folder=notes, risky_stages=RISKY_STAGES)
+
+
+def _note(folder: Path, ledger: Ledger, event: Event[Work]) -> None:
+    """Write an event down, and a shard's place in quarantine."""
+    ledger.write(WORDS.get(event.kind, event.kind), shard=event.task.name, attempt=event.attempt, node=event.node, seconds=round(event.seconds, 3),
+                 **({"reason": event.reason} if event.reason else {}), **({"report": event.result} if event.result else {}))
+    file = folder / "quarantine" / f"{event.task.name.replace('/', '-')}.json"
+    if event.kind == "given_up":
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, {"shard": event.task.name, "reason": event.reason, "attempt": event.attempt, "node": event.node})
+    elif event.kind == "done":
+        file.unlink(missing_ok=True)
+
+
+def _history(plan: Plan, committed: Mapping[str, Shard]) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Return each shard's first free attempt number, and the reports of those that are whole."""
+    attempts, reports = dict[str, int](), dict[str, dict[str, Any]]()
+    for line in read_ledger(plan.folder):
+        attempts[line["shard"]] = max(attempts.get(line["shard"], 0), line["attempt"] + 1)
+        if line["event"] == "committed":
+            reports[line["shard"]] = line["report"]
+    for work in plan.works:
+        if work.name in committed and work.name not in reports:  # its driver was killed before it heard of it
+            stats = json.loads((plan.folder / stats_name(work.name)).read_bytes())
+            reports[work.name] = {"name": work.name, "count": committed[work.name].count, "rows": work.stop - work.first, "bytes_in": 0,
+                                  "bytes_out": 0, "fates": stats["status_dict"], "seconds": stats["seconds"]}
+    return attempts, reports
+
+
+def _seal(plan: Plan, shards: Mapping[str, Shard], attempts: Mapping[str, int]) -> Dataset:
+    """Drop duplicates among shards and state the dataset, unless that is done."""
+    entries, had_tokenizer = [shards[work.name] for work in plan.works], False
+    if (plan.folder / DATASET).exists():
+        with suppress(DataError):  # what it states is not what is there
+            had_tokenizer = Manifest.read(plan.folder).tokenizer is not None
+            dataset = open_dataset(plan.folder)
+            if list(dataset.shards()) == entries and (had_tokenizer or not plan.spec.tokenizer):
+                return dataset
+        (plan.folder / DATASET).unlink()
+    with Console(stderr=True).status("duplicates are looked for") as line:
+        dataset = finish(plan.folder, plan.spec, plan.inputs, entries, run=partial(_close_all, plan, attempts),
+                         progress=lambda name: line.update(f"duplicates are looked for, and dropped: {name}"))
+    if had_tokenizer and not plan.spec.tokenizer:  # it was trained since
+        tokenizer = Tokenizer(dataset.tokenizer_file)
+        write_sidecars(dataset, tokenizer)
+        dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    return dataset
+
+
+class _Closing(NamedTuple):
+    """A shard that loses duplicates, or gets token ids."""
+
+    shard: Shard
+    fates: Mapping[int, str]
+
+    @property
+    def name(self) -> str:
+        return self.shard.name
+
+
+def _close(folder: Path, function: Callable[[tuple[Shard, Mapping[int, str]]], Shard], task: _Closing, *, attempt: int,  # noqa: ARG001
+           skip: object, beat: Callable[[int, str], None]) -> dict[str, Any]:  # noqa: ARG001
+    beat(0, "close")
+    # A killed attempt may have moved its shard halfway.
+    return function((settle_shard(folder, task.name) or task.shard, task.fates)).model_dump()
+
+
+def _close_all(plan: Plan, attempts: Mapping[str, int], function: Callable[[tuple[Shard, Mapping[int, str]]], Shard],
+               tasks: Iterable[tuple[Shard, Mapping[int, str]]]) -> Iterator[Shard]:
+    """Be `finish`'s map: the fleet does the shards that have something to be done; the others are as they are."""
+    done = dict[str, Shard]()  # in the order of the shards
+
+    def closings() -> Iterator[_Closing]:
+        for shard, fates in tasks:
+            done[shard.name] = shard
+            if fates or plan.spec.tokenizer:
+                yield _Closing(shard, fates)
+
+    source = closings()
+    if (first := next(source, None)) is not None:
+        # Nothing is started twice: a slower rewrite would take the quicker one's counts away.
+        options = replace(plan.options, straggler_seconds=float("inf"), row_seconds=float("inf"))
+        with _fleet(plan, partial(_close, plan.folder, function), options) as fleet:
+            for event in fleet.run(chain([first], source), first_attempt=lambda task: attempts.get(task.name, 0)):
+                if event and event.kind == "done":
+                    done[event.task.name] = Shard(**event.result)
+                elif event and event.kind == "given_up":
+                    raise FleetError(f"shard {event.task.name} cannot be closed: {event.reason}; put that right and start the same command again")
+                plan.lock.renew()
+    yield from done.values()
+
+
+def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetOptions) -> None:
+    """Prepare some rows from the middle of the input and throw them away; print what all of them would come to."""
+    found = _open_inputs(spec, inputs)
+    works, total = plan_work(spec, found), sum(entry.rows for entry in found)
+    source = max(range(len(found)), key=lambda number: found[number].rows)
+    first = max(0, (found[source].rows - rows) // 2)
+    sample = Work(spec.split, 0, source, first, min(first + rows, found[source].rows))
+    with tempfile.TemporaryDirectory() as folder, _stopped_by_signals():
+        alone = replace(options, workers=1)
+        with Fleet(partial(prepare_shard, Path(folder), spec, found), alone, folder=Path(folder, "beats"), risky_stages=RISKY_STAGES) as fleet:
+            last = [event for event in fleet.run([sample]) if event][-1]
+    if last.kind != "done":
+        raise DataError(f"rows {sample.first} to {sample.stop} of {found[source].path} cannot be prepared: {last.reason}")
+    report, share = last.result, total / last.result["rows"]
+    print(f"{total:,} rows in {len(works):,} shards of {spec.samples_per_shard:,} rows")
+    print(f"of {report['rows']:,} rows from the middle: kept {report['count'] / report['rows']:.1%}, " + ", ".join(
+        f"{fate} {count / report['rows']:.1%}" for fate, count in sorted(report["fates"].items(), key=lambda item: -item[1]) if fate != "success"))
+    print(f"about {report['count'] * share:,.0f} samples, {report['bytes_in'] * share / 1e9:,.2f} GB in, "
+          f"{report['bytes_out'] * share / 1e9:,.2f} GB out")
+    print(f"about {timedelta(seconds=round(last.seconds * share / max(options.workers, 1)))} on {max(options.workers, 1)} worker(s) of this kind: "
+          f"{report['rows'] / last.seconds:,.1f} rows/s each, duplicates not looked for")
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the driver in order: workers are killed, what they have not finished is as if it had not begun."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit:
+        print("\nflm: stopped; the same command goes on from the shards that are done", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
