@@ -309,15 +309,19 @@ def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetO
 def _stopped_by_signals() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the driver in order: workers are killed, what they have not finished is as if it had not begun."""
 
+    received: list[int] = []
+
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        received.append(number)
+        raise SystemExit
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except SystemExit:
         print("\nflm: stopped; the same command goes on from the shards that are done", file=sys.stderr)
-        raise
+        # Where the signal meets Ray at work, Ray raises an exit of its own instead, with code 1.
+        raise SystemExit(128 + received[0] if received else 1) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
