@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import ValidationError
 
-from flm_scale.data.fleet import FleetOptions
-from flm_scale.data.spec import Spec
+from flm_scale.data.prepare.fleet import FleetOptions
+from flm_scale.data.prepare.spec import Spec
 from flm_scale.errors import ConfigError, DataError
 
 Folder = Annotated[Path, tyro.conf.Positional]
@@ -72,7 +72,7 @@ def plan_verb(words: Sequence[str]) -> Callable[..., None]:
             rows: that are prepared in earnest, and thrown away, to measure size and time.
             options: who would do the work.
         """
-        from flm_scale.data.prepare import print_plan
+        from flm_scale.data.prepare.driver import print_plan
 
         print_plan(inputs, values, rows=rows, options=options)
 
@@ -94,7 +94,7 @@ def prepare_verb(words: Sequence[str]) -> Callable[..., None]:
             spec: file of values (JSON, such as spec in OUTPUT/ledger/preparation.json); options win over it.
             options: who does the work.
         """
-        from flm_scale.data.prepare import prepare
+        from flm_scale.data.prepare.driver import prepare
 
         _exit(prepare(inputs, output, values, options))
 
@@ -110,7 +110,7 @@ def data_status(folder: Folder, *, form: Annotated[Literal["text", "json", "prom
         form: text for people, json for a line of everything, prometheus for its text format.
         watch: again every few seconds, until the preparation ends.
     """
-    from flm_scale.data.status import show_status
+    from flm_scale.data.prepare.status import show_status
 
     show_status(folder, form=form, watch=watch)
 
@@ -124,7 +124,7 @@ def data_retry(folder: Folder, *, failed: bool = False, reason: str = "", option
         reason: only those lost to this, such as dns or timeout.
         options: who does the work.
     """
-    from flm_scale.data.retry import retry
+    from flm_scale.data.prepare.retry import retry
 
     if not failed:
         raise ConfigError(f"flm data retry {folder}: say --failed, and --reason if only some rows are meant")
@@ -138,7 +138,7 @@ def data_repair(folder: Folder, *, options: Workers = BY_THIS_MACHINE) -> None:
         folder: of the dataset.
         options: who does the work.
     """
-    from flm_scale.data.retry import repair
+    from flm_scale.data.prepare.retry import repair
 
     _exit(repair(folder, options=options))
 

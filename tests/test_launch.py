@@ -18,7 +18,7 @@ import yaml
 
 from flm_scale.cli import main
 from flm_scale.data.shards import Dataset, open_dataset
-from tests.data.crawl import Crawl
+from tests.data.prepare.crawl import Crawl
 from tests.distributed.launch import Launch
 from tests.test_train import lines_of, train
 

@@ -24,10 +24,10 @@ from random import Random
 import psutil
 from pyarrow import parquet
 
-from flm_scale.data.ledger import FOLDER, read_ledger, read_lines
+from flm_scale.data.prepare.ledger import FOLDER, read_ledger, read_lines
 from flm_scale.data.shards import open_dataset
 from flm_scale.data.verify import verify
-from tests.data.crawl import Crawl
+from tests.data.prepare.crawl import Crawl
 
 HANG_SECONDS = 300.0
 """Without an event in the ledger."""

@@ -41,12 +41,12 @@ LAYERS = [
 DOORS = {
     "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/actors.py", "webdataset": "data/shards.py",
     "open_clip": "model/vision.py", "timm": "model/vision.py", "sentencepiece": "data/tokens.py", "transformers": "export.py",
-    "aiohttp": "data/fetch.py", "simplejpeg": "data/images.py", "py3langid": "data/filters.py", "torchvision": "data/augment.py",
+    "aiohttp": "data/prepare/fetch.py", "simplejpeg": "data/images.py", "py3langid": "data/prepare/filters.py", "torchvision": "data/augment.py",
 }
 # Goes beside exported weights and runs without the rest of the package, so it can use no other file's door.
 ALONE = "export.py"
 # Doors that need their library for every line: nobody imports them but inside a function.
-LAZY = {"engine/deepspeed.py", "parallel/tensor.py", "data/fetch.py", ALONE}
+LAZY = {"engine/deepspeed.py", "parallel/tensor.py", "data/prepare/fetch.py", ALONE}
 LONG_FILES = {ALONE: "transformers copies and runs one file, so config, model and picture processor are all in it"}
 LONG_FUNCTIONS: dict[str, str] = {}
 
@@ -105,7 +105,7 @@ def test_the_file_that_is_exported_needs_nothing_else_of_the_package() -> None:
 
 
 def test_folders_say_in_a_paragraph_what_lives_there_and_hold_no_code() -> None:
-    for init in PACKAGE.glob("*/__init__.py"):
+    for init in PACKAGE.rglob("*/__init__.py"):
         tree = ast.parse(init.read_text())
         assert ast.get_docstring(tree), init
         assert len(tree.body) == 1, init

@@ -25,7 +25,7 @@ from PIL import Image
 from flm_scale.data.images import decode_image, fit_image, limit_memory, read_header
 from flm_scale.data.tar import list_members, read_json, read_shard
 from flm_scale.errors import DataError
-from tests.data.hostile_tables import annotation_files, csv_files, meet_table, parquet_files
+from tests.data.prepare.hostile_tables import annotation_files, csv_files, meet_table, parquet_files
 
 Kind = Literal["tar", "image", "json", "parquet", "csv", "annotations"]
 MEMORY_BYTES, SECONDS = 2 * 1024**3, 20

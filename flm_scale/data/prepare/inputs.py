@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from flm_scale.data.annotations import list_files, open_listed
-from flm_scale.data.rows import MAX_CAPTIONS, Kind, Part, Row, as_value, compared_columns, make_row
-from flm_scale.data.spec import Spec
-from flm_scale.data.tables import open_table
+from flm_scale.data.prepare.annotations import list_files, open_listed
+from flm_scale.data.prepare.rows import MAX_CAPTIONS, Kind, Part, Row, as_value, compared_columns, make_row
+from flm_scale.data.prepare.spec import Spec
+from flm_scale.data.prepare.tables import open_table
 from flm_scale.data.tar import Member, list_members, read_json
 from flm_scale.errors import ConfigError, DataError
 

@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from flm_scale.data import stages
-from flm_scale.data.fetch import is_public
 from flm_scale.data.index import index_columns
-from flm_scale.data.inputs import Input, open_inputs
 from flm_scale.data.manifest import Shard, stats_name
-from flm_scale.data.rewrite import STAGING
+from flm_scale.data.prepare import stages
+from flm_scale.data.prepare.fetch import is_public
+from flm_scale.data.prepare.inputs import Input, open_inputs
+from flm_scale.data.prepare.rewrite import STAGING
+from flm_scale.data.prepare.spec import FetchConfig, FilterConfig, ImageConfig, InputConfig, Spec, TextConfig
+from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
 from flm_scale.data.shards import read_committed_shard
-from flm_scale.data.spec import FetchConfig, FilterConfig, ImageConfig, InputConfig, Spec, TextConfig
-from flm_scale.data.stages import Work, plan_work, prepare_shard
 from flm_scale.data.tar import read_json, read_shard
 from tests.data.hostile import encoded, png
-from tests.data.pictures import picture
-from tests.data.server import Server, answer, redirect
+from tests.data.prepare.pictures import picture
+from tests.data.prepare.server import Server, answer, redirect
 
 FORBIDDEN, MOVED = picture(77), picture(78)
 GOOD = {f"/good/{number}.jpg": picture(number) for number in range(20)} | {

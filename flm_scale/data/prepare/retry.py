@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flm_scale.data.fleet import FleetOptions
-from flm_scale.data.inputs import Input
 from flm_scale.data.manifest import Shard, stats_name
-from flm_scale.data.prepare import committed_shards, opened, remembered, work_through
-from flm_scale.data.rewrite import read_table, settle_shard
-from flm_scale.data.spec import Spec
-from flm_scale.data.stages import Work, prepare_shard
+from flm_scale.data.prepare.driver import committed_shards, opened, remembered, work_through
+from flm_scale.data.prepare.fleet import FleetOptions
+from flm_scale.data.prepare.inputs import Input
+from flm_scale.data.prepare.rewrite import read_table, settle_shard
+from flm_scale.data.prepare.spec import Spec
+from flm_scale.data.prepare.stages import Work, prepare_shard
 from flm_scale.errors import DataError, did_you_mean
 
 

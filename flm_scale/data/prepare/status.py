@@ -19,8 +19,8 @@ from typing import Any, Literal, Self, TextIO
 from rich.console import Console
 from rich.live import Live
 
-from flm_scale.data.fleet import Beat, Event, Fleet
-from flm_scale.data.ledger import FOLDER, write_json
+from flm_scale.data.prepare.fleet import Beat, Event, Fleet
+from flm_scale.data.prepare.ledger import FOLDER, write_json
 from flm_scale.errors import DataError
 
 WINDOW_SECONDS, PLAIN_LINE_SECONDS, SILENT_SECONDS = 60.0, 10.0, 30.0

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm_scale.data.rows import Kind, Row, TableError, as_value, compared_columns, find_columns, make_row, quoted
-from flm_scale.data.spec import Spec
+from flm_scale.data.prepare.rows import Kind, Row, TableError, as_value, compared_columns, find_columns, make_row, quoted
+from flm_scale.data.prepare.spec import Spec
 
 if TYPE_CHECKING:
     import pyarrow as pa

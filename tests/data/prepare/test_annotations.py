@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from flm_scale.data import annotations
-from flm_scale.data.inputs import Input, open_inputs
-from flm_scale.data.rows import Row, TableError
+from flm_scale.data.prepare import annotations
+from flm_scale.data.prepare.inputs import Input, open_inputs
+from flm_scale.data.prepare.rows import Row, TableError
+from flm_scale.data.prepare.spec import FilterConfig, InputConfig, Spec
 from flm_scale.data.shards import write_shard
-from flm_scale.data.spec import FilterConfig, InputConfig, Spec
 from flm_scale.data.tar import ShardError
 from flm_scale.errors import ConfigError, DataError
 from tests.conftest import drawn_sample
 from tests.data.hostile import GOOD, LAST, member, shard
-from tests.data.pictures import picture
+from tests.data.prepare.pictures import picture
 
 
 def rows(given: Input) -> list[Row]:

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm_scale.data.images import codec_versions
-from flm_scale.data.inputs import Input
 from flm_scale.data.manifest import Shard, stats_name
-from flm_scale.data.rewrite import STAGING, read_samples, read_table, rewrite_shard, settle
+from flm_scale.data.prepare.inputs import Input
+from flm_scale.data.prepare.rewrite import STAGING, read_samples, read_table, rewrite_shard, settle
+from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.shards import TOKENIZER, Dataset, seal_dataset
 from flm_scale.data.sidecars import read_sidecar, write_sidecar, write_sidecars
-from flm_scale.data.spec import Spec
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from flm_scale.data import finish as module
-from flm_scale.data.finish import finish
-from flm_scale.data.inputs import Input, open_inputs
 from flm_scale.data.manifest import Shard
-from flm_scale.data.rewrite import STAGING, settle
+from flm_scale.data.prepare import finish as module
+from flm_scale.data.prepare.finish import finish
+from flm_scale.data.prepare.inputs import Input, open_inputs
+from flm_scale.data.prepare.rewrite import STAGING, settle
+from flm_scale.data.prepare.spec import FilterConfig, InputConfig, Spec
+from flm_scale.data.prepare.stages import plan_work, prepare_shard
 from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
 from flm_scale.data.sidecars import TokenIds
-from flm_scale.data.spec import FilterConfig, InputConfig, Spec
-from flm_scale.data.stages import plan_work, prepare_shard
 from flm_scale.data.tar import read_shard
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
-from tests.data.pictures import drawn, picture
+from tests.data.prepare.pictures import drawn, picture
 
 SPEC = Spec(samples_per_shard=4, input=InputConfig(kind="folder"), filter=FilterConfig(near_duplicates=True))
 # Number of the picture, what was done to it, and what becomes of it.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_scale.data.spec import PRESETS, Columns, FilterConfig, InputConfig, Preset, Spec, difference
+from flm_scale.data.prepare.spec import PRESETS, Columns, FilterConfig, InputConfig, Preset, Spec, difference
 from flm_scale.errors import ConfigError
 
 

@@ -16,8 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from flm_scale.data.rows import MAX_CAPTIONS, MAX_TEXT_BYTES, Kind, Row, TableError, find_image, make_row, quoted
-from flm_scale.data.spec import Spec
+from flm_scale.data.prepare.rows import MAX_CAPTIONS, MAX_TEXT_BYTES, Kind, Row, TableError, find_image, make_row, quoted
+from flm_scale.data.prepare.spec import Spec
 from flm_scale.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -15,15 +15,15 @@ import pytest
 from pyarrow import parquet
 
 from flm_scale.cli import main
-from flm_scale.data.ledger import FOLDER, read_ledger, read_lines
+from flm_scale.data.prepare.ledger import FOLDER, read_ledger, read_lines
+from flm_scale.data.prepare.status import as_prometheus, as_text, read_status
 from flm_scale.data.shards import Dataset, open_dataset
-from flm_scale.data.status import as_prometheus, as_text, read_status
 from flm_scale.data.verify import verify
-from tests.data.crawl import Crawl
+from tests.data.prepare.crawl import Crawl
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ROWS, ROWS_PER_SHARD = 600, 75
 SPEC = ("--fetch.allow-loopback", "--fetch.total-seconds", "4", "--samples-per-shard", str(ROWS_PER_SHARD), "--image.size", "64")
 

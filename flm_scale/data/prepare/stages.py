@@ -15,21 +15,21 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from flm_scale.data.filters import column_fate, keep_captions, perceptual_hash, read_forbidden, size_fate
 from flm_scale.data.images import Fitted, fit_image, read_header
-from flm_scale.data.inputs import Input
 from flm_scale.data.manifest import Shard
-from flm_scale.data.rewrite import read_samples, read_table, rewrite_shard
-from flm_scale.data.rows import Row, as_value
+from flm_scale.data.prepare.filters import column_fate, keep_captions, perceptual_hash, read_forbidden, size_fate
+from flm_scale.data.prepare.inputs import Input
+from flm_scale.data.prepare.rewrite import read_samples, read_table, rewrite_shard
+from flm_scale.data.prepare.rows import Row, as_value
+from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.shards import Sample, read_committed_shard, write_shard
-from flm_scale.data.spec import Spec
 from flm_scale.data.tar import MAX_JSON_BYTES, MAX_SAMPLE_BYTES
 from flm_scale.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from flm_scale.data.fetch import Fetcher, FetchError, Request, Response
+    from flm_scale.data.prepare.fetch import Fetcher, FetchError, Request, Response
 
 HELD_BYTES = 128 * 1024**2  # of finished pictures that wait for an earlier one: no more fetches begin beyond it
 BEAT_SECONDS = 1.0
@@ -284,7 +284,7 @@ class _Shard:
 
 
 def _open_fetcher(spec: Spec) -> "Fetcher":
-    from flm_scale.data.fetch import Fetcher, FetchLimits
+    from flm_scale.data.prepare.fetch import Fetcher, FetchLimits
 
     limits = FetchLimits(max_bytes=spec.image.max_bytes, total_seconds=spec.fetch.total_seconds, allow_loopback=spec.fetch.allow_loopback)
     retries = {"dns": spec.fetch.dns_retries, "timeout": spec.fetch.timeout_retries, "server": spec.fetch.server_retries}
@@ -292,7 +292,7 @@ def _open_fetcher(spec: Spec) -> "Fetcher":
 
 
 def _request(row: Row) -> "Request":
-    from flm_scale.data.fetch import Request
+    from flm_scale.data.prepare.fetch import Request
 
     return Request(row.url, sha256=row.sha256, md5=row.md5)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flm_scale.data.ledger import FOLDER, Ledger, locked, read_ledger
+from flm_scale.data.prepare.ledger import FOLDER, Ledger, locked, read_ledger
 from flm_scale.errors import DataError
 
 
@@ -26,7 +26,7 @@ def test_lines_of_all_drivers_come_back_in_order_but_for_those_that_a_kill_has_t
 
 
 def test_a_line_is_on_disk_when_its_writer_is_killed(tmp_path: Path) -> None:
-    code = ("import os, sys; from pathlib import Path; from flm_scale.data.ledger import Ledger; ledger = Ledger(Path(sys.argv[1])); "
+    code = ("import os, sys; from pathlib import Path; from flm_scale.data.prepare.ledger import Ledger; ledger = Ledger(Path(sys.argv[1])); "
             "[ledger.write('started', shard='s', attempt=i, node='n') for i in range(100)]; os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     assert [line["attempt"] for line in read_ledger(tmp_path)] == list(range(100))
@@ -40,8 +40,8 @@ def test_a_second_driver_is_refused_and_told_who_is_at_work(tmp_path: Path) -> N
 
 
 def test_the_lock_of_a_killed_driver_is_taken_over_at_once(tmp_path: Path) -> None:
-    code = ("import os, sys; from pathlib import Path; from flm_scale.data.ledger import locked; held = locked(Path(sys.argv[1])); held.__enter__(); "
-            "os.kill(os.getpid(), 9)")
+    code = ("import os, sys; from pathlib import Path; from flm_scale.data.prepare.ledger import locked; held = locked(Path(sys.argv[1])); "
+            "held.__enter__(); os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -9
     assert (tmp_path / FOLDER / "lock").read_text()
     with locked(tmp_path):

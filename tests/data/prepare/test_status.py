@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
-from flm_scale.data.fleet import Event
-from flm_scale.data.ledger import FOLDER
-from flm_scale.data.status import Meter, as_json, as_prometheus, as_text, read_status, write_status
+from flm_scale.data.prepare.fleet import Event
+from flm_scale.data.prepare.ledger import FOLDER
+from flm_scale.data.prepare.status import Meter, as_json, as_prometheus, as_text, read_status, write_status
 from flm_scale.errors import DataError
 
 

@@ -23,19 +23,19 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from flm_scale.data.finish import finish
-from flm_scale.data.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
-from flm_scale.data.inputs import Input, open_inputs
-from flm_scale.data.ledger import FOLDER, Ledger, Lock, locked, read_ledger, write_json
 from flm_scale.data.manifest import DATASET, Manifest, Shard, stats_name
-from flm_scale.data.rewrite import settle, settle_shard
+from flm_scale.data.prepare.finish import finish
+from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
+from flm_scale.data.prepare.inputs import Input, open_inputs
+from flm_scale.data.prepare.ledger import FOLDER, Ledger, Lock, locked, read_ledger, write_json
+from flm_scale.data.prepare.rewrite import settle, settle_shard
+from flm_scale.data.prepare.spec import Spec, difference
+from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
+from flm_scale.data.prepare.status import Display, Meter, State, write_status
+from flm_scale.data.prepare.worker import Work as Doing
 from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
 from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.spec import Spec, difference
-from flm_scale.data.stages import Work, plan_work, prepare_shard
-from flm_scale.data.status import Display, Meter, State, write_status
 from flm_scale.data.tokens import Tokenizer
-from flm_scale.data.worker import Work as Doing
 from flm_scale.errors import ConfigError, DataError
 
 STATUS_SECONDS = 2.0

@@ -27,7 +27,7 @@ from flm_scale.data.actors import (
     kill_actor,
     start_actor,
 )
-from flm_scale.data.worker import START, Task, Work, Worker, note_of, read_note
+from flm_scale.data.prepare.worker import START, Task, Work, Worker, note_of, read_note
 from flm_scale.errors import ConfigError, UserError
 
 FAILURES, LOSSES, ROW_DEATHS = 3, 10, 3

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flm_scale.data.filters import column_fate, keep_captions, language, normalise, perceptual_hash, read_forbidden, size_fate
-from flm_scale.data.spec import FilterConfig, ImageConfig, Spec, TextConfig
+from flm_scale.data.prepare.filters import column_fate, keep_captions, language, normalise, perceptual_hash, read_forbidden, size_fate
+from flm_scale.data.prepare.spec import FilterConfig, ImageConfig, Spec, TextConfig
 from flm_scale.errors import ConfigError
-from tests.data.pictures import drawn, picture
+from tests.data.prepare.pictures import drawn, picture
 
 
 @given(st.text())

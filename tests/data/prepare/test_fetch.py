@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from flm_scale.data import fetch
-from flm_scale.data.fetch import Fetcher, FetchError, FetchLimits, Request, Response, is_public
-from tests.data.server import Server, answer, redirect
+from flm_scale.data.prepare import fetch
+from flm_scale.data.prepare.fetch import Fetcher, FetchError, FetchLimits, Request, Response, is_public
+from tests.data.prepare.server import Server, answer, redirect
 
 PICTURE = bytes(range(256)) * 8
 LIMITS = FetchLimits(max_bytes=100_000, total_seconds=2.0, allow_loopback=True)

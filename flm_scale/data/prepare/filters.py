@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flm_scale.data.images import on_white
-from flm_scale.data.spec import Condition, ImageConfig, TextConfig
+from flm_scale.data.prepare.spec import Condition, ImageConfig, TextConfig
 from flm_scale.errors import ConfigError
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

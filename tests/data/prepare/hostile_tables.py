@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from flm_scale.data.annotations import open_listed
-from flm_scale.data.spec import InputConfig, Spec
-from flm_scale.data.tables import open_table
+from flm_scale.data.prepare.annotations import open_listed
+from flm_scale.data.prepare.spec import InputConfig, Spec
+from flm_scale.data.prepare.tables import open_table
 
 MANY, LONG = 1_000_000, 10_000_000
 ROWS = 1000

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from flm_scale.data.fleet import Event, Fleet, FleetError, FleetOptions
+from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flm_scale.data.index import index_columns, map_index
 from flm_scale.data.manifest import Shard, stats_name
-from flm_scale.data.rows import quoted
+from flm_scale.data.prepare.rows import quoted
 from flm_scale.data.shards import Sample, read_committed_shard, write_shard
 from flm_scale.data.tar import read_json, read_shard
 from flm_scale.errors import DataError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
-from flm_scale.data.spec import Spec
+from flm_scale.data.prepare.spec import Spec
 from flm_scale.errors import DataError, did_you_mean
 
 MAX_TEXT_BYTES, MAX_CAPTIONS = 65_536, 256  # of one caption; of one picture

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from flm_scale.data import tables
-from flm_scale.data.rows import Row, TableError
-from flm_scale.data.spec import FilterConfig, InputConfig, Preset, Spec
-from flm_scale.data.tables import open_table
+from flm_scale.data.prepare import tables
+from flm_scale.data.prepare.rows import Row, TableError
+from flm_scale.data.prepare.spec import FilterConfig, InputConfig, Preset, Spec
+from flm_scale.data.prepare.tables import open_table
 
 NUM_ROWS = 2345
 SPEC = Spec(filter=FilterConfig(where=("similarity>=0.3",)), input=InputConfig(keep=("LICENSE", "height")))
