@@ -172,6 +172,7 @@ def test_layouts_are_quick_ones_first_and_all_fit_where_any_does() -> None:
     assert not any(one.fits for one in cheapest(run, Machine(gpus_per_node=1)))
 
 
+@pytest.mark.slow
 def test_plans_are_printed_in_seconds_without_open_clip() -> None:
     code = ("import sys; from flm_scale.cli import main; assert main(['plan', 'flm_10b', '--nodes', '8']) == 0; "
             "assert not {'open_clip', 'torchvision', 'deepspeed', 'torch._dynamo'} & set(sys.modules)")

@@ -248,6 +248,7 @@ def _kill_before_change(number: int) -> None:
     sys.addaudithook(watch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_save_killed_at_any_change_of_the_disk_leaves_the_old_or_the_new_checkpoint_and_can_be_done_again(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.data.hostile import SECONDS, TRAP, hostile_files
 
 FILES = hostile_files()
+pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 # Large pictures: 8 bytes a pixel before and behind the white; 6 for progressive coefficients and pixels. Everything else stays small.
 MEGABYTES = {"image: png of 4,000 x 4,000 transparent pixels": 160, "image: jpeg of 99 scans at the limit of pixels": 450}

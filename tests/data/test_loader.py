@@ -68,6 +68,7 @@ def straight(toy_dataset: Dataset, second: Dataset) -> list[list[Batch]]:
     return [loader.next_step() for _ in range(10)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_any_number_of_workers_gives_the_same_batches(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]], workers: int) -> None:

@@ -90,6 +90,7 @@ def test_a_killed_reshard_goes_on_to_the_root_of_an_undisturbed_one(whole: Datas
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_the_disk_it_is_finished_by_the_same_command(tmp_path: Path) -> None:
     whole = bare_dataset(tmp_path / "data")
     undisturbed = reshard(whole, tmp_path / "undisturbed", samples_per_shard=4, seed=0)

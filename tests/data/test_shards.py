@@ -116,6 +116,7 @@ class _Pictures:
         return self.index.read_image(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_loader_processes_read_an_index_that_is_already_in_use(dataset: Dataset, start: str) -> None:
     index = dataset.index("train")

@@ -114,6 +114,7 @@ def test_a_killed_filter_goes_on_to_the_root_of_an_undisturbed_one(whole: Datase
     assert open_dataset(out).tokenizer_fingerprint == whole.tokenizer_fingerprint
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_of_the_disk_it_is_finished_by_the_same_command(whole: Dataset, tmp_path: Path) -> None:
     undisturbed = filter_dataset(whole, tmp_path / "undisturbed", where=["original_width < 103"])
     for number in count():

@@ -38,6 +38,7 @@ def test_two_runs_are_bit_identical() -> None:
     assert curve(tiny_run("flm"), steps=5) == curve(tiny_run("flm"), steps=5)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32() -> None:
     exact, rounded = curve(tiny_run("flm"), steps=10), curve(tiny_run("flm", precision="bf16"), steps=10)
     assert rounded == pytest.approx(exact, rel=0.02)

@@ -33,6 +33,7 @@ def weight_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["penultimate", "final"])
 @pytest.mark.parametrize("image_size", [224, 96])
 def test_tokens_are_open_clips_own_from_a_local_file_at_any_resolution(weight_file: Path, image_size: int, output: str) -> None:
