@@ -38,11 +38,12 @@ def data_demo(folder: Folder, *, large: bool = False, overwrite: bool = False) -
     build_demo(folder, large=large, overwrite=overwrite)
 
 
-def data_verify(folder: Folder, *, fast: tyro.conf.FlagCreatePairsOff[bool] = False, full: tyro.conf.FlagCreatePairsOff[bool] = False) -> None:
+def data_verify(folder: Annotated[str, tyro.conf.Positional], *, fast: tyro.conf.FlagCreatePairsOff[bool] = False,
+                full: tyro.conf.FlagCreatePairsOff[bool] = False) -> None:
     """Compare every byte of a dataset with what it states, every tar with its index, and the token ids with their captions' index.
 
     Args:
-        folder: the dataset.
+        folder: the dataset; or its URL.
         fast: sizes and the heads of files alone.
         full: every byte, as without a flag.
     """

@@ -7,7 +7,7 @@ and impossible values raise ConfigError with the value and the remedy. Nothing h
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from flm_scale.errors import ConfigError, did_you_mean
 
@@ -179,12 +179,20 @@ class AugmentConfig(Section):
         return self
 
 
+def _path_or_url(place: str | Path) -> str | Path:
+    return Path(place) if isinstance(place, str) and "://" not in place else place
+
+
+Location = Annotated[str | Path, AfterValidator(_path_or_url)]
+"""A folder, or the URL of one: text, because a Path would swallow one of its slashes."""
+
+
 class DataConfig(Section):
     """Which prepared datasets are read, and by how many processes."""
 
-    path: Path = Path("data/demo")
-    """Folder written by `flm data demo` (dataset.json, tokenizer.model, shards)."""
-    also: tuple[Path, ...] = Field((), strict=False)  # JSON has lists alone
+    path: Location = Path("data/demo")
+    """Folder written by `flm data demo` (dataset.json, tokenizer.model, shards), or the URL of one, such as s3://bucket/demo."""
+    also: tuple[Location, ...] = Field((), strict=False)  # JSON has lists alone
     """More datasets to train on, with the same tokenizer; validation and evaluation read the first one."""
     weights: tuple[float, ...] = Field((), strict=False)
     """Share of the micro-batches that come from `path` and from each of `also`, in any unit; none given shows every image equally often."""

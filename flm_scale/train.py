@@ -70,7 +70,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     micro_steps(run.batch, data_parallel_size=layout.data)
     datasets = open_mixture(run.data)
     dataset = datasets[0]
-    tokenizer = Tokenizer(dataset.folder / "tokenizer.model")
+    tokenizer = Tokenizer(dataset.tokenizer_file)
     run = pin(run, datasets, tokenizer)
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
     if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
@@ -393,7 +393,7 @@ def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
 def step_keys(run: Run, *, step: int) -> list[str]:
     """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
     datasets = open_mixture(run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash=""))
-    tokenizer = Tokenizer(datasets[0].folder / "tokenizer.model")
+    tokenizer = Tokenizer(datasets[0].tokenizer_file)
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
     loader = Loader(run, datasets, tokenizer, objective)
     return [f"micro-batch {number}: {' '.join(keys)}" for number, keys in enumerate(loader.keys_of_step(step), start=1)]

@@ -101,7 +101,7 @@ class Rewriter:
     def write(self, shard: Shard, batch: "pa.RecordBatch", *, counts: Mapping[str, int], rows: np.ndarray | None = None) -> Shard:
         """Commit a shard and return its entry. batch: its index.   rows: of the parent's index that are in it, in order; None for all."""
         for name in [shard.name, shard.table_name] if shard.table_sha256 else [shard.name]:
-            _link(self.parent.folder / name, self.folder / name)
+            _link(self.parent.writable_folder / name, self.folder / name)
         file = self.folder / shard.index_name
         file.parent.mkdir(parents=True, exist_ok=True)
         with replaced(file) as part:
@@ -175,7 +175,7 @@ def _begun(folder: Path, step: Derivation) -> Iterator[None]:
 
 
 def _seal(parent: Dataset, folder: Path, step: Derivation, shards: Mapping[str, Sequence[Shard]]) -> Dataset:
-    manifest, about = parent.manifest, parent.folder / "README.md"
+    manifest, about = parent.manifest, parent.writable_folder / "README.md"
     made = f"Made by `flm data {step.by}` from the dataset with the root {step.parent}: {json.dumps(step.values, sort_keys=True)}."
     readme = f"{about.read_text(encoding='utf-8').rstrip() if about.is_file() else manifest.name}\n\n{made}\n"
     dataset = seal_dataset(

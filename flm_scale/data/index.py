@@ -7,6 +7,8 @@ from the tar at the place that the index states, and their hash is checked. File
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from flm_scale.data.manifest import Shard, Shards
+from flm_scale.data.storage import Range, Url, local_copy, read_ranges
 from flm_scale.data.tar import MAX_SAMPLE_BYTES
 from flm_scale.errors import DataError
 
@@ -24,6 +27,8 @@ Item = TypeVar("Item")
 
 MAX_OPEN_SHARDS = 128
 """Tars of an index that are open at once: a mixture of some datasets stays below the usual limit of 1024 open files a process."""
+FETCHED_AT_ONCE = 16
+"""Files that are copied at once when a micro-batch needs several that lie elsewhere."""
 MAX_MAPPED = 256
 """Arrow files of an index, or of its tokens, that are mapped at once, as many as a window of the order has chunks. They hold no file open."""
 
@@ -54,12 +59,12 @@ def write_index(file: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable
     write_arrow(file, pa.RecordBatch.from_pylist(list(rows), schema=_schema(columns)))
 
 
-def map_index(folder: Path, shard: Shard) -> "pa.RecordBatch":
+def map_index(folder: Path | Url, shard: Shard) -> "pa.RecordBatch":
     """Map the index of a shard. Raises DataError when it is no index of that many pictures."""
     import pyarrow as pa
 
     try:
-        batch = map_arrow(folder / shard.index_name)
+        batch = map_arrow(local_copy(folder / shard.index_name, sha256=shard.index_sha256))
         if batch.schema.equals(_schema(batch.schema.names[len(_schema().names):])) and batch.num_rows == shard.count:
             batch.validate()
             return batch
@@ -69,7 +74,7 @@ def map_index(folder: Path, shard: Shard) -> "pa.RecordBatch":
     raise _unreadable(folder, shard, problem)
 
 
-def index_columns(folder: Path, shard: Shard, names: Sequence[str]) -> list[list[Any]]:
+def index_columns(folder: Path | Url, shard: Shard, names: Sequence[str]) -> list[list[Any]]:
     """Return whole columns of a shard's index; of a shard without a picture, which has no optional ones, empty ones. Raises DataError."""
     import pyarrow as pa
 
@@ -100,7 +105,7 @@ def _schema(columns: Iterable[str] = ()) -> "pa.Schema":
                       *((name, optional.get(name, pa.float32())) for name in columns)])
 
 
-def _unreadable(folder: Path, shard: Shard, problem: str) -> DataError:
+def _unreadable(folder: Path | Url, shard: Shard, problem: str) -> DataError:
     return DataError(f"index {shard.index_name} of {folder} cannot be read ({problem}); build the dataset again or restore the file")
 
 
@@ -122,6 +127,12 @@ class ShardCache(Generic[Item]):
             raise IndexError(number)
         shard = int(np.searchsorted(self.ends, number, side="right"))
         return shard, number - (int(self.ends[shard - 1]) if shard else 0)
+
+
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Make what is missing for some pictures, of several shards at once: where files must be copied first, nearly all of it is waiting."""
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+            list(pool.map(self.of_shard, sorted({self.find(number)[0] for number in numbers})))
 
 
 class Column(Generic[Item]):
@@ -148,17 +159,19 @@ class Column(Generic[Item]):
 class Index:
     """The columns and pictures of some shards. Cheap to make and to send to the loader's processes."""
 
-    def __init__(self, folder: Path, shards: Shards) -> None:
+    def __init__(self, folder: Path | Url, shards: Shards) -> None:
         """folder: of the dataset. Nothing is read yet."""
         self.folder, self.shards = folder, shards
         self._batches = ShardCache(shards.counts, lambda number: map_index(folder, shards[number]))
-        self._open_files: dict[int, int] = {}
+        self._paths = ShardCache(shards.counts, lambda number: folder / shards[number].name)
+        self._open_files: dict[Path, int] = {}
+        self._fetched: dict[int, bytes] = {}
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self._batches)
 
-    def __reduce__(self) -> tuple[type["Index"], tuple[Path, Shards]]:
+    def __reduce__(self) -> tuple[type["Index"], tuple[Path | Url, Shards]]:
         """Leave maps and file descriptors behind: they mean nothing in another process."""
         return Index, (self.folder, self.shards)
 
@@ -198,28 +211,47 @@ class Index:
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise _unreadable(self.folder, self.shards[shard], str(error).partition("\n")[0]) from error
 
-    def read_image(self, number: int) -> bytes:
-        """Return the encoded picture. Raises DataError when its bytes are not those of the index."""
+    def fetch(self, numbers: Sequence[int]) -> None:
+        """Have the pictures that will be asked for next read all at once, and their indexes copied, where they lie elsewhere.
+
+        On disk there is nothing to gain. Raises StorageError when they cannot be had.
+        """
+        if isinstance(self.folder, Path):
+            return
+        self._batches.fetch(numbers)
+        ranges = {}
+        for number in numbers:
+            with suppress(DataError):  # raised again when this one is asked for
+                _, path, offset, size, _ = self._place(number)
+                ranges[number] = Range(Url(path), offset, size)
+        self._fetched = dict(zip(ranges, read_ranges(list(ranges.values())), strict=True))
+
+    def _place(self, number: int) -> tuple[str, Path | Url, int, int, str]:
+        """Return key, shard, offset, size and sha256 of a picture."""
         key, offset, size, sha256 = self.values(number, ["key", "image_offset", "image_bytes", "sha256"])
-        shard, _ = self._batches.find(number)
+        return key, self._paths.of_shard(self._paths.find(number)[0]), max(offset, 0), min(max(size, 0), MAX_SAMPLE_BYTES), sha256
+
+    def read_image(self, number: int) -> bytes:
+        """Return the encoded picture. Raises DataError when its bytes are not those of the index, StorageError when they cannot be had."""
+        key, path, offset, size, sha256 = self._place(number)
         try:
-            data = os.pread(self._descriptor(shard), min(max(size, 0), MAX_SAMPLE_BYTES), offset)
+            if isinstance(path, Url):
+                data = self._fetched.pop(number, None) or read_ranges([Range(path, offset, size)])[0]
+            else:
+                data = os.pread(self._descriptor(path), size, offset)
         except OSError as error:
-            raise DataError(f"shard {self._path(shard)}: sample {key} cannot be read ({error}); restore the file") from error
+            raise DataError(f"shard {path}: sample {key} cannot be read ({error}); restore the file") from error
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise DataError(f"shard {self._path(shard)}: sample {key} is not the picture that the index states "
+            raise DataError(f"shard {path}: sample {key} is not the picture that the index states "
                             f"(sha256 {sha256[:12]}); build the dataset again or restore the shard")
         return data
 
-    def _path(self, shard: int) -> Path:
-        return self.folder / self.shards[shard].name
-
-    def _descriptor(self, shard: int) -> int:
+    def _descriptor(self, shard: Path) -> int:
         """Open once. A fork may share descriptors: pread moves no file position."""
         if shard not in self._open_files:
             if len(self._open_files) == MAX_OPEN_SHARDS:
                 os.close(self._open_files.pop(next(iter(self._open_files))))
-            self._open_files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            self._open_files[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
         return self._open_files[shard]
 
     def __del__(self) -> None:

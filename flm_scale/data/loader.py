@@ -28,6 +28,7 @@ from flm_scale.data.index import Index
 from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
 from flm_scale.data.sidecars import TokenIds
+from flm_scale.data.storage import StorageError
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.objectives.objective import Objective
@@ -57,6 +58,7 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, order: Order) -> Batch:
         """Read, decode, corrupt, pack."""
+        self.fetch(order)
         pixels = np.empty((len(order.entries), 3, self.image_size, self.image_size), np.uint8)
         images: list[list[Example]] = []
         keys, bad_keys = self.keys(order), []
@@ -75,6 +77,13 @@ class MicroBatches(Dataset[Batch]):
         state = pack(images, pixels)
         return Batch(state, keys=tuple(keys), num_captions=sum(len(entry.captions) for entry in order.entries), num_tokens=len(state.ids),
                      bad_keys=tuple(bad_keys), part_counts=torch.bincount(state.target_parts, minlength=len(self.objective.parts)))
+
+    def fetch(self, order: Order) -> None:
+        """Have what lies elsewhere read all at once."""
+        images = [entry.image for entry in order.entries]
+        if isinstance(self.token_ids, TokenIds):
+            self.token_ids.fetch(images)
+        self.index.fetch(images)
 
     def keys(self, order: Order) -> list[str]:
         """Return the sample key of each image, without reading a picture."""
@@ -245,11 +254,12 @@ def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Ord
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Let a worker's DataError say what it said there: torch puts the worker's traceback before it."""
+    """Let a worker's error say what it said there: torch puts the worker's traceback before it."""
     try:
         yield
-    except DataError as error:
-        raise DataError(str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")) from error
+    except (DataError, StorageError) as error:
+        kind = type(error)
+        raise kind(str(error).splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: ")) from error
 
 
 def outlive_sigterm(_worker: int) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flm_scale.data.storage import Url, read_bytes
 from flm_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Shards:
             return hashlib.sha256(part.read_bytes()).hexdigest()
 
     @classmethod
-    def read(cls, folder: Path, sha256: str) -> "Shards":
+    def read(cls, folder: Path | Url, sha256: str) -> "Shards":
         """Read shards.parquet. Raises DataError when it is missing, has another hash or holds something else."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -168,7 +169,7 @@ class Shards:
 
         file = folder / SHARDS
         try:
-            data = file.read_bytes()
+            data = read_bytes(file)
             found = hashlib.sha256(data).hexdigest()
             if found != sha256:
                 raise DataError(f"{file} has the sha256 {found[:12]}; {DATASET} states {sha256[:12]}; restore the file or build the dataset again")
@@ -271,13 +272,13 @@ class Manifest(_Entry):
         return final
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path | Url) -> "Manifest":
         """Read dataset.json. Raises DataError when there is none, or it is no manifest, or its content does not give its root."""
         file = folder / DATASET
         try:
-            manifest = cls.model_validate_json(file.read_bytes())
+            manifest = cls.model_validate_json(read_bytes(file))
         except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}); restore the file or build the dataset again") from error
+            raise DataError(f"{file} cannot be read ({error.strerror or 'it is not there'}); restore the file or build the dataset again") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

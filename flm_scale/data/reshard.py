@@ -80,7 +80,7 @@ class Samples:
     """The samples of a split, each read as it is asked for."""
 
     def __init__(self, dataset: Dataset, split: str) -> None:
-        self.folder, self.split, self._shards = dataset.folder, split, dataset.shards(split)
+        self.folder, self.split, self._shards = dataset.writable_folder, split, dataset.shards(split)
         self._index = Index(dataset.folder, self._shards)
         self._entries = ShardCache(self._shards.counts, self._shards.__getitem__)
 

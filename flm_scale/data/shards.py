@@ -32,6 +32,7 @@ from flm_scale.data.manifest import (
     replaced,
     stats_name,
 )
+from flm_scale.data.storage import Url, local_copy, locate, open_stream, size_of
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
 from flm_scale.errors import DataError
@@ -210,7 +211,7 @@ def _unusable_key(folder: Path, key: str) -> DataError:
 class Dataset:
     """An opened dataset."""
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Shards) -> None:
+    def __init__(self, folder: Path | Url, manifest: Manifest, shards: Shards) -> None:
         self.folder, self.manifest, self._shards = folder, manifest, shards
 
     @property
@@ -230,8 +231,15 @@ class Dataset:
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where the tokenizer is, or belongs."""
-        return self.folder / TOKENIZER
+        """Where the tokenizer is, or belongs; its copy when the dataset lies elsewhere."""
+        return local_copy(self.folder / TOKENIZER)
+
+    @property
+    def writable_folder(self) -> Path:
+        """The dataset's folder. Raises DataError when it lies elsewhere."""
+        if isinstance(self.folder, Url):
+            raise DataError(f"dataset {self.folder} can be read there but not written to; change it in a folder on disk and copy that there")
+        return self.folder
 
     @property
     def splits(self) -> list[str]:
@@ -251,23 +259,24 @@ class Dataset:
 
     def drop_tokenizer(self) -> None:
         """Register none, before tokenizer.model is replaced: a kill between the two files must leave a dataset that opens."""
-        self.manifest = self.manifest.model_copy(update={"tokenizer": None}).write(self.folder)
-        if (self.folder / TOKENS).exists():
-            shutil.rmtree(self.folder / TOKENS)
+        self.manifest = self.manifest.model_copy(update={"tokenizer": None}).write(self.writable_folder)
+        if (self.writable_folder / TOKENS).exists():
+            shutil.rmtree(self.writable_folder / TOKENS)
 
     def set_tokenizer(self, fingerprint: str, vocab_size: int) -> None:
         """Register the file tokenizer.model, whose token ids are there; the dataset gets a new root."""
         entry = TokenizerEntry(fingerprint=fingerprint, vocab_size=vocab_size)
-        self.manifest = self.manifest.model_copy(update={"tokenizer": entry}).write(self.folder)
+        self.manifest = self.manifest.model_copy(update={"tokenizer": entry}).write(self.writable_folder)
 
 
-def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str = "") -> Dataset:
-    """Open a dataset and check what is cheap: every size, and every byte when it is below 2 GiB (else `verify` does).
+def open_dataset(folder: Path | str, *, manifest_hash: str = "", tokenizer_hash: str = "") -> Dataset:
+    """Open a dataset and check what is cheap: on disk every size, and every byte when it is below 2 GiB (else `verify` does).
 
-    manifest_hash, tokenizer_hash: what the caller expects; empty expects nothing. Raises DataError with the first problem and the number
-    of all.
+    folder: or the URL of one; its files are checked as they are read.   manifest_hash, tokenizer_hash: what the caller expects; empty expects
+    nothing. Raises DataError with the first problem and the number of all, StorageError when a file that lies elsewhere cannot be had.
     """
-    if not (folder / DATASET).is_file():
+    folder = locate(folder)
+    if isinstance(folder, Path) and not (folder / DATASET).is_file():
         raise _no_dataset(folder)
     manifest = Manifest.read(folder)
     if manifest_hash and manifest_hash != manifest.root:
@@ -283,7 +292,8 @@ def open_dataset(folder: Path, *, manifest_hash: str = "", tokenizer_hash: str =
         raise DataError(f"dataset {folder} has the tokenizer {found}; the run expects {tokenizer_hash}; "
                         "point data.path at the run's dataset, or clear data.tokenizer_hash to train anew")
     total = sum(int(dataset.shards().numbers(column).sum()) for column in ("bytes", "index_bytes", "table_bytes"))
-    if problems := list(file_problems(dataset, hashes=total < HASHED_ON_OPEN_BYTES)):
+    is_far = isinstance(folder, Url)
+    if problems := list(_tokenizer_problems(dataset) if is_far else file_problems(dataset, hashes=total < HASHED_ON_OPEN_BYTES)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"dataset {folder}: {problems[0]}{more}; build the dataset again or restore the files")
     return dataset
@@ -304,7 +314,7 @@ def file_problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
         for name, size, sha256 in shard.files:
             file = dataset.folder / name
             try:
-                actual = file.stat().st_size
+                actual = size_of(file)
             except OSError:
                 yield f"shard {name} is missing"
                 continue
@@ -312,14 +322,20 @@ def file_problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
                 yield f"shard {name} has {actual} bytes; the manifest states {size}"
             elif hashes and (digest := _file_sha256(file)) != sha256:
                 yield f"shard {name} has the sha256 {digest[:12]}; the manifest states {sha256[:12]}"
+    yield from _tokenizer_problems(dataset)
+
+
+def _tokenizer_problems(dataset: Dataset) -> Iterator[str]:
     if dataset.tokenizer_fingerprint:
-        file = dataset.tokenizer_file
-        if not file.is_file():
+        try:
+            fingerprint = tokenizer_fingerprint(dataset.tokenizer_file.read_bytes())
+        except OSError:
             yield f"{TOKENIZER} is missing"
-        elif (fingerprint := tokenizer_fingerprint(file.read_bytes())) != dataset.tokenizer_fingerprint:
+            return
+        if fingerprint != dataset.tokenizer_fingerprint:
             yield f"{TOKENIZER} has the fingerprint {fingerprint[:12]}; the manifest states {dataset.tokenizer_fingerprint[:12]}"
 
 
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
+def _file_sha256(file: Path | Url) -> str:
+    with open_stream(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,7 @@ from flm_scale.data.index import ShardCache, index_columns, map_arrow, write_arr
 from flm_scale.data.manifest import Shard, Shards, replaced
 from flm_scale.data.order import BLOCK
 from flm_scale.data.shards import TOKENS, Dataset
+from flm_scale.data.storage import Url, local_copy, read_bytes
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 
@@ -93,7 +94,11 @@ class Joined(BaseModel):
     """Every picture has one caption, and there is no file of starts."""
 
 
-def folder_of(folder: Path, fingerprint: str) -> Path:
+@overload
+def folder_of(folder: Path, fingerprint: str) -> Path: ...
+@overload
+def folder_of(folder: Path | Url, fingerprint: str) -> Path | Url: ...
+def folder_of(folder: Path | Url, fingerprint: str) -> Path | Url:
     """Return where a dataset's token ids of one tokenizer lie."""
     return folder / TOKENS / fingerprint[:8]
 
@@ -128,6 +133,11 @@ class TokenIds:
         ids, bounds, starts = self._ids.of_shard(shard)
         captions = (ids[bounds[caption]:bounds[caption + 1]].astype(np.int32) for caption in range(starts[row], starts[row + 1]))
         return [ids if len(ids) <= self.max_length else np.append(ids[:self.max_length - 1], ids[-1]) for ids in captions]
+
+    def fetch(self, images: Iterable[int]) -> None:
+        """Have the ids of the pictures that will be asked for next copied, where they lie elsewhere."""
+        if isinstance(self.dataset.folder, Url):
+            self._ids.fetch(images)
 
     def __reduce__(self) -> tuple[type["TokenIds"], tuple[Dataset, str, Tokenizer, int]]:
         """Leave the maps behind."""
@@ -170,13 +180,13 @@ def write_ids(folder: Path, shard: Shard, tokenizer: Tokenizer, ids: Ids, *, att
         write_arrow(part, pa.RecordBatch.from_arrays([ids.column], schema=pa.schema([("ids", ids.column.type)], metadata=metadata)))
 
 
-def read_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer) -> Ids:
+def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: Tokenizer) -> Ids:
     """Map the token ids of a shard. Raises DataError when they are of another tokenizer or index, missing or damaged."""
     import pyarrow as pa
 
     file = folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name
     try:
-        batch = map_arrow(file)
+        batch = map_arrow(local_copy(file))
         stated = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
         _check_binding(folder, file, stated, _binding(shard, tokenizer))
         if batch.num_rows == shard.count and batch.schema.types in [[pa.list_(pa.list_(kind))] for kind in (pa.uint16(), pa.uint32())]:
@@ -198,7 +208,7 @@ def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.
     from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    console, folder = Console(stderr=True), dataset.writable_folder
     for split in dataset.splits:
         shards = dataset.shards(split)
 
@@ -206,17 +216,17 @@ def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.
             for shard in track(shards, total=len(shards), description=f"tokens of {split}", transient=True, console=console,
                                disable=not console.is_terminal):
                 try:
-                    yield read_sidecar(dataset.folder, shard, tokenizer)
+                    yield read_sidecar(folder, shard, tokenizer)
                 except DataError:
-                    write_sidecar(dataset.folder, shard, tokenizer, threads=workers)
-                    yield read_sidecar(dataset.folder, shard, tokenizer)
+                    write_sidecar(folder, shard, tokenizer, threads=workers)
+                    yield read_sidecar(folder, shard, tokenizer)
 
         _join(dataset, split, tokenizer, ids_of_all())
 
 
 def _join(dataset: Dataset, split: str, tokenizer: Tokenizer, ids_of_all: Iterable[Ids]) -> None:
     """Write the lengths of a split and where its pictures' captions begin, the statement of what they are last."""
-    folder = folder_of(dataset.folder, tokenizer.fingerprint)
+    folder = folder_of(dataset.writable_folder, tokenizer.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}.json").unlink(missing_ok=True)
     images, captions, is_one_each = 0, 0, True
@@ -239,11 +249,11 @@ def _join(dataset: Dataset, split: str, tokenizer: Tokenizer, ids_of_all: Iterab
 
 def _read_joined(dataset: Dataset, split: str, tokenizer: Tokenizer) -> Joined:
     file = folder_of(dataset.folder, tokenizer.fingerprint) / f"{split}.json"
-    if not file.is_file():
-        raise DataError(f"dataset {dataset.folder} has no token ids of '{split}' by the tokenizer {tokenizer.fingerprint[:12]}; write them: "
-                        f"flm tokenizer encode {dataset.folder}")
     try:
-        joined = Joined.model_validate_json(file.read_bytes())
+        joined = Joined.model_validate_json(read_bytes(file))
+    except FileNotFoundError as error:
+        raise DataError(f"dataset {dataset.folder} has no token ids of '{split}' by the tokenizer {tokenizer.fingerprint[:12]}; write them: "
+                        f"flm tokenizer encode {dataset.folder}") from error
     except (OSError, ValidationError) as error:
         raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} is damaged") from error
     expected = {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "shards": dataset.manifest.shards_sha256}
@@ -255,12 +265,13 @@ def _read_joined(dataset: Dataset, split: str, tokenizer: Tokenizer) -> Joined:
     return joined
 
 
-def _map_numbers(dataset: Dataset, file: Path, kind: type[np.unsignedinteger | np.signedinteger], count: int) -> np.ndarray:
+def _map_numbers(dataset: Dataset, file: Path | Url, kind: type[np.unsignedinteger | np.signedinteger], count: int) -> np.ndarray:
     """Map a file of nothing but numbers."""
     try:
-        size, expected = file.stat().st_size, count * np.dtype(kind).itemsize
+        copy = local_copy(file)
+        size, expected = copy.stat().st_size, count * np.dtype(kind).itemsize
         if size == expected:
-            return np.asarray(np.memmap(file, np.dtype(kind).newbyteorder("<"), "r")) if count else np.zeros(0, kind)
+            return np.asarray(np.memmap(copy, np.dtype(kind).newbyteorder("<"), "r")) if count else np.zeros(0, kind)
         problem = f"{size} bytes; {expected} are stated"
     except OSError as error:
         problem = str(error)
@@ -282,12 +293,12 @@ def _binding(shard: Shard, tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "index": shard.index_sha256}
 
 
-def _check_binding(folder: Path, file: Path, stated: Mapping[str, object], expected: Mapping[str, str]) -> None:
+def _check_binding(folder: Path | Url, file: Path | Url, stated: Mapping[str, object], expected: Mapping[str, str]) -> None:
     for name, value in expected.items():
         if stated.get(name) != value:
             raise _unusable(folder, f"token ids {file.relative_to(folder)} are of the {MEANING[name]} {str(stated.get(name))[:12]}; "
                                     f"the dataset and this process have {value[:12]}")
 
 
-def _unusable(folder: Path, what: str) -> DataError:
+def _unusable(folder: Path | Url, what: str) -> DataError:
     return DataError(f"dataset {folder}: {what}; write them again: flm tokenizer encode {folder}")

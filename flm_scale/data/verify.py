@@ -1,12 +1,15 @@
 """Whether a dataset on disk is what it states: every file, every place in every tar, every token id."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 
 from flm_scale.data.index import index_columns, map_index
 from flm_scale.data.manifest import Shard
 from flm_scale.data.shards import PICTURES, Dataset, file_problems
 from flm_scale.data.sidecars import TokenIds
+from flm_scale.data.storage import open_stream
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
@@ -31,8 +34,10 @@ def _contradiction(dataset: Dataset, shard: Shard, *, fast: bool) -> str:
             map_index(folder, shard)
             return ""
         stated = list(zip(*index_columns(folder, shard, ["key", "image_offset", "image_bytes"]), strict=True))
-        members = list_members(folder / shard.name, expected_bytes=shard.bytes, expected_count=None if is_subset else shard.count)
-        held = [(member.key, member.offset, member.size) for member in members if member.extension in PICTURES]
+        file = folder / shard.name
+        with nullcontext(file) if isinstance(file, Path) else open_stream(file) as source:
+            members = list_members(source, expected_bytes=shard.bytes, expected_count=None if is_subset else shard.count)
+            held = [(member.key, member.offset, member.size) for member in members if member.extension in PICTURES]
         if is_subset:  # the filtered dataset has the tars of the whole one
             kept = set(stated)
             held = [place for place in held if place in kept]
