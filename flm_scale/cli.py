@@ -216,6 +216,8 @@ def main(args: Sequence[str] | None = None) -> int:
             rank = os.environ.get("RANK", "0")
             print(f"flm: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -7,7 +7,7 @@ and that --help shows, come from the file given as --spec.
 import os
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,23 +19,25 @@ from flm_scale.data.prepare.spec import Spec
 from flm_scale.errors import ConfigError, DataError
 
 Folder = Annotated[Path, tyro.conf.Positional]
-Inputs = Annotated[list[Path], tyro.conf.arg(name="input")]
+# Several behind one --input, or each behind its own: plain lists would keep the last --input alone.
+Inputs = Annotated[tyro.conf.UseAppendAction[list[tuple[Path, ...]]], tyro.conf.arg(name="input")]
 Values = Annotated[Spec, tyro.conf.arg(name="")]
 Workers = Annotated[FleetOptions, tyro.conf.arg(name="")]
 BY_THIS_MACHINE = FleetOptions()
 
 
-def data_demo(folder: Folder, *, large: bool = False, overwrite: bool = False) -> None:
-    """Build real demo shards: easy-vqa's pictures, captions and questions, and a tokenizer.
+def data_demo(folder: Folder, *, large: bool = False, overwrite: bool = False, workers: int = 0) -> None:
+    """Prepare real demo data: easy-vqa's pictures, captions and questions, and a tokenizer.
 
     Args:
         folder: where to build; a complete dataset is left alone.
         large: the emoji and clip-art set instead (14,000 pairs; a few minutes, about 250 MB of packages).
         overwrite: replace what is in the folder.
+        workers: processes that prepare it, a CPU each; 0 takes every CPU.
     """
     from flm_scale.data.demo import build_demo
 
-    build_demo(folder, large=large, overwrite=overwrite)
+    build_demo(folder, large=large, overwrite=overwrite, workers=workers)
 
 
 def data_verify(folder: Annotated[str, tyro.conf.Positional], *, fast: tyro.conf.FlagCreatePairsOff[bool] = False,
@@ -68,14 +70,14 @@ def plan_verb(words: Sequence[str]) -> Callable[..., None]:
 
         Args:
             values: what becomes of the rows.
-            inputs: tables, shards, folders or annotation files.
+            inputs: tables, shards, folders or annotation files; val=PATH makes it the split val.
             spec: file of values (JSON); options win over it.
             rows: that are prepared in earnest, and thrown away, to measure size and time.
             options: who would do the work.
         """
         from flm_scale.data.prepare.driver import print_plan
 
-        print_plan(inputs, values, rows=rows, options=options)
+        print_plan([*chain.from_iterable(inputs)], values, rows=rows, options=options)
 
     return plan_data
 
@@ -90,14 +92,14 @@ def prepare_verb(words: Sequence[str]) -> Callable[..., None]:
 
         Args:
             values: what becomes of the rows.
-            inputs: tables, shards, folders or annotation files, in the order of the dataset.
+            inputs: tables, shards, folders or annotation files, in the order of the dataset; val=PATH makes it the split val.
             output: folder of the dataset, on a file system that all workers share.
             spec: file of values (JSON, such as spec in OUTPUT/ledger/preparation.json); options win over it.
             options: who does the work.
         """
         from flm_scale.data.prepare.driver import prepare
 
-        _exit(prepare(inputs, output, values, options))
+        _exit(prepare([*chain.from_iterable(inputs)], output, values, options))
 
     return prepare_data
 

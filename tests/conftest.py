@@ -3,13 +3,17 @@
 import fcntl
 import io
 import os
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from flm_scale.data.demo import EASY_VQA, read_easy_vqa, train_dataset_tokenizer
+from flm_scale.data.manifest import DATASET
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
 from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
@@ -62,16 +66,28 @@ def toy_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="session")
 def demo_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """The real easy-vqa shards, built once for all test processes. Skipped where the package cannot be fetched, but not in CI."""
-    from flm_scale.data.demo import build_demo
-
+    """The real easy-vqa as shards, without a fleet, once for all test processes. Skipped where it cannot be fetched, but not in CI."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with (shared / "demo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            return build_demo(shared / "demo")
+            if not (shared / "demo" / DATASET).exists():
+                write_easy_vqa(shared / "demo", downloads=tmp_path_factory.mktemp("downloads"))
         except DataError as error:
             if os.environ.get("CI"):
                 raise
             pytest.skip(f"easy-vqa cannot be fetched: {error}")
+    return open_dataset(shared / "demo")
+
+
+def write_easy_vqa(folder: Path, *, downloads: Path) -> None:
+    material, numbers = read_easy_vqa(downloads, progress=print), count()
+
+    def sample(image: bytes, about: dict[str, Any]) -> Sample:
+        own = {name: about[name] for name in ("captions", "questions", "answers", "concept")}
+        return Sample(key=f"{next(numbers):08d}", image=image, image_format="png", width=64, height=64, **own)
+
+    splits = {split: (sample(*picture) for picture in pictures) for split, pictures in material.splits.items()}
+    write_dataset(folder, name="easy-vqa", sources=[EASY_VQA.source()], splits=splits, readme=material.readme)
+    train_dataset_tokenizer(folder, vocab_size=512)

@@ -76,7 +76,10 @@ def joined_ray(address: str, *, option: str, cpus: int = 0, store_bytes: int = L
             try:
                 _reach(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-            except (OSError, ValueError, RuntimeError) as error:
+            except Exception as error:  # Ray raises bare ones too
+                if own:
+                    raise ConfigError(f"Ray does not start on this machine: {_first_line(error)}; it needs {store_bytes >> 20} MB of /dev/shm (of a "
+                                      "container: --shm-size), free processes, and a short TMPDIR") from error
                 raise ConfigError(f"{option} {address}: {_first_line(error)}; give the address of a running cluster, or none") from error
             stack.callback(ray.shutdown)
             if threading.current_thread() is threading.main_thread():

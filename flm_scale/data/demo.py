@@ -1,20 +1,26 @@
 """Real data in one command: `flm data demo DIR` turns easy-vqa, or with --large the drawings of drawings.py, into a dataset.
 
 easy-vqa has pictures of one coloured shape and questions about it, no captions: `caption_facts` derives them from the questions and
-answers alone. Building is idempotent: a complete dataset of the same sources is left alone, an unfinished one is begun anew.
+answers alone. What the packages hold is laid out as folders of pictures, one a split, and prepared as anybody's would be, by a fleet of workers on
+this machine. Building is idempotent: a complete dataset of the same sources is left alone, an unfinished one goes on.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from flm_scale.data.manifest import DATASET
-from flm_scale.data.shards import Dataset, Sample, check_room, open_dataset, write_dataset
+from flm_scale.data.prepare.driver import prepare
+from flm_scale.data.prepare.fleet import FleetOptions
+from flm_scale.data.prepare.ledger import FOLDER
+from flm_scale.data.prepare.spec import FilterConfig, ImageConfig, InputConfig, Spec, TextConfig
+from flm_scale.data.shards import UNFINISHED, Dataset, make_room, open_dataset
 from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.sources import Material, Package, fetch, members
+from flm_scale.data.sources import Material, Package, Source, fetch, members
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import DataError
 
@@ -22,7 +28,7 @@ EASY_VQA = Package("pip", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c10
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 HELD_OUT = ("teal triangle", "red circle", "blue rectangle")  # the val split: seen in no train caption
-SIDE = 64  # pixels, of every easy-vqa picture
+SPLITS, README_FILE = ("train", "val", "test"), "README.md"
 
 README = """# easy-vqa as image-text shards
 
@@ -32,7 +38,8 @@ Drawn, not photographic: it shows that a pipeline learns and proves nothing abou
 - Captions ("a teal triangle") are derived from the questions and answers, never from the pixels. A picture whose questions leave its
   colour or shape open has none and serves question answering only.
 - train: the official train pictures without three held-out concepts ({held_out}); val: these; test: the official test pictures.
-- shards.parquet states every file's hash, dataset.json that of all. `flm data demo DIR` builds the same bytes again.
+- Prepared by `flm data demo DIR` from the folders in ledger/, which may be deleted; the same command builds the same bytes again.
+- shards.parquet states every file's hash, dataset.json that of all.
 
 The majority answer to each question, without looking, is right on 67.0 % of the test questions: a VQA result must beat that.
 
@@ -42,36 +49,63 @@ The majority answer to each question, without looking, is right on 67.0 % of the
 """
 
 
-def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, vocab_size: int | None = None,
+def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, workers: int = 0, vocab_size: int | None = None,
                progress: Callable[[str], None] = print) -> Dataset:
-    """Fetch the packages, write the shards, train the tokenizer; return the opened dataset.
+    """Fetch the packages, prepare the shards, train the tokenizer; return the opened dataset.
 
-    large: the emoji and clip-art pairs.   overwrite: replace a dataset of other sources.   vocab_size: upper limit; None is 512, or
-    8000 for the large set.   Raises DataError when a package cannot be fetched or the folder holds something else.
+    large: the emoji and clip-art pairs.   overwrite: replace a dataset of other sources.   workers: a CPU each; 0 takes all of this machine.
+    vocab_size: upper limit; None is 512, or 8000 for the large set.   Raises DataError when a package cannot be fetched, the folder holds something
+    else or a shard comes to nothing, FleetError when no worker starts.
     """
     from flm_scale.data import drawings
 
     read, packages = (drawings.read_drawings, drawings.PACKAGES) if large else (read_easy_vqa, [EASY_VQA])
-    sources = [package.source() for package in packages]
+    sources = tuple(Source(**package.source()) for package in packages)
     dataset = None if overwrite or not (folder / DATASET).exists() else open_dataset(folder)
-    if dataset and [source.model_dump() for source in dataset.manifest.sources] == sources:
+    if dataset and tuple(dataset.manifest.sources) == sources:
         progress(f"{folder}: the dataset {dataset.name} is already there")
     else:
-        check_room(folder, overwrite=overwrite)  # before anything is fetched
-        with tempfile.TemporaryDirectory() as downloads:
-            material = read(Path(downloads), progress=progress)
-            progress(f"{folder}: writing {sum(map(len, material.splits.values()))} pictures")
-            numbers = count()  # keys count through all splits
-            dataset = write_dataset(
-                folder, name=material.name, sources=sources, readme=material.readme, overwrite=overwrite,
-                splits={split: (Sample(key=f"{next(numbers):08d}", **fields) for fields in pictures) for split, pictures in material.splits.items()})
-    if vocab_size or not dataset.tokenizer_fingerprint:
+        if overwrite or dataset or not ((folder / UNFINISHED).exists() and (folder / FOLDER).exists()):
+            make_room(folder, overwrite=overwrite)  # before anything is fetched
+        spec = demo_spec("drawings", sources, keep=drawings.KEPT) if large else demo_spec("easy-vqa", sources, keep=("source", "license"))
+        given = folder.resolve() / FOLDER / f"input-{spec.hash[:8]}"
+        if not given.exists():
+            write_input(given, read, progress=progress)
+        inputs = [Path(f"{split}={given / split}") for split in SPLITS]
+        if not prepare(inputs, folder, spec.replace(readme=given / README_FILE), FleetOptions(workers=workers, ray_address="local")):
+            raise DataError(f"{folder}: shards are missing, for the reasons above; run the same command again")
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    if vocab_size or not (dataset or open_dataset(folder)).tokenizer_fingerprint:
         progress(train_dataset_tokenizer(folder, vocab_size=vocab_size or (8000 if large else 512)))
-        dataset = open_dataset(folder)
+    dataset = open_dataset(folder)
     counts = ", ".join(f"{split} {dataset.manifest.splits[split].images} images {dataset.manifest.splits[split].captions} captions"
                        for split in dataset.splits)
     progress(f"{folder}: {counts}; root {dataset.root[:12]}")
     return dataset
+
+
+def demo_spec(name: str, sources: tuple[Source, ...], *, keep: tuple[str, ...]) -> Spec:
+    """Return what keeps every picture byte for byte, with all its words: what is in the packages is good, and official splits stay what they are."""
+    return Spec(name=name, sources=sources, samples_per_shard=1000, input=InputConfig(kind="folder", keep=keep),
+                image=ImageConfig(mode="none", format="png"), text=TextConfig(normalise=False), filter=FilterConfig(duplicates=False))
+
+
+def write_input(folder: Path, read: Callable[..., Material], *, progress: Callable[[str], None]) -> None:
+    """Fetch packages and lay out what they hold, all or nothing: a folder of pictures with its metadata.jsonl for each split, and a README.md."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as downloads:
+        material = read(Path(downloads), progress=progress)
+    for split, pictures in material.splits.items():
+        (part / split).mkdir(parents=True)
+        lines = []
+        for number, (image, about) in enumerate(pictures):
+            name = f"{number:05d}.png"
+            (part / split / name).write_bytes(image)
+            lines.append(json.dumps({"file_name": name, **about}, ensure_ascii=False))
+        (part / split / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    (part / README_FILE).write_text(material.readme, encoding="utf-8")
+    part.replace(folder)
 
 
 def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
@@ -97,12 +131,12 @@ def read_easy_vqa(downloads: Path, *, progress: Callable[[str], None]) -> Materi
     files = dict(members(fetch(EASY_VQA, downloads)))
     train = list(_pictures(files, "train"))
     splits = {
-        "train": [picture for picture in train if picture["concept"] not in HELD_OUT],
-        "val": [picture for picture in train if picture["concept"] in HELD_OUT],
+        "train": [(image, about) for image, about in train if about["concept"] not in HELD_OUT],
+        "val": [(image, about) for image, about in train if about["concept"] in HELD_OUT],
         "test": list(_pictures(files, "test")),
     }
     license_text = files["easy_vqa-1.0.dist-info/LICENSE"].decode().strip()
-    return Material("easy-vqa", splits, README.format(held_out=", ".join(HELD_OUT), license=license_text))
+    return Material(splits, README.format(held_out=", ".join(HELD_OUT), license=license_text))
 
 
 def caption_facts(questions: Sequence[str], answers: Sequence[str]) -> tuple[str | None, str | None]:
@@ -131,8 +165,8 @@ def caption(color: str, shape: str) -> str:
     return f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"
 
 
-def _pictures(files: dict[str, bytes], part: str) -> Iterator[dict[str, Any]]:
-    """Yield the Sample fields of one official split's pictures, in the order of their numbers."""
+def _pictures(files: dict[str, bytes], part: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield one official split's pictures and what is said of them, in the order of their numbers."""
     asked: dict[int, tuple[list[str], list[str]]] = {}
     for question, answer, number in json.loads(files[f"easy_vqa/data/{part}/questions.json"]):
         questions, answers = asked.setdefault(number, ([], []))
@@ -141,6 +175,5 @@ def _pictures(files: dict[str, bytes], part: str) -> Iterator[dict[str, Any]]:
     for number, (questions, answers) in sorted(asked.items()):
         name = f"easy_vqa/data/{part}/images/{number}.png"
         color, shape = caption_facts(questions, answers)
-        yield {"image": files[name], "image_format": "png", "captions": [caption(color, shape)] if color and shape else [],
-               "questions": questions, "answers": answers, "concept": f"{color} {shape}" if color and shape else "",
-               "width": SIDE, "height": SIDE, "extras": {"source": name, "license": EASY_VQA.license}}
+        yield files[name], {"captions": [caption(color, shape)] if color and shape else [], "questions": questions, "answers": answers,
+                            "concept": f"{color} {shape}" if color and shape else "", "source": name, "license": EASY_VQA.license}

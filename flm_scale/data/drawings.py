@@ -31,6 +31,7 @@ OPENCLIPART = Package("apt-get", "openclipart-svg", "1:0.18+dfsg-19", "989712d90
                       "public domain dedication")
 RESVG = Package("pip", "resvg-py", "0.5.0", "84f2378ecc7a8e38b03429efaefc816daec1b1970114909a6f973393b297c91b", "MIT")  # Linux x86-64 wheel
 PACKAGES = [GOOGLE, TWITTER, OPENMOJI, LABELS, OPENCLIPART, RESVG]
+KEPT = ("source", "license", "base", "category", "tags")  # of a drawing's fields, beside caption and concept
 
 STYLES = (
     (GOOGLE, re.compile(r"package/img/google/64/([0-9a-f-]+)\.png")),
@@ -66,7 +67,7 @@ def read_drawings(downloads: Path, *, progress: Callable[[str], None]) -> Materi
         files[package.name] = fetch(package, downloads)
     render = _load_renderer(files[RESVG.name], downloads)
     labels = read_labels(dict(members(files[LABELS.name])))
-    splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "test": []}
+    splits: dict[str, list[tuple[bytes, dict[str, Any]]]] = {"train": [], "val": [], "test": []}
     parts = [(package, _emoji(files[package.name], pattern, labels)) for package, pattern in STYLES]
     for package, drawings in [*parts, (OPENCLIPART, _clipart(files[OPENCLIPART.name]))]:
         seen: set[bytes] = set()
@@ -75,13 +76,11 @@ def read_drawings(downloads: Path, *, progress: Callable[[str], None]) -> Materi
             if picture is None or picture in seen:
                 continue
             seen.add(picture)
-            concept = concept_of(about["caption"])
-            extras = {key: value for key, value in about.items() if key != "caption"}
-            splits[split_of(about["base"])].append({
-                "image": picture, "image_format": "png", "captions": [about["caption"]], "questions": [], "answers": [], "concept": concept,
-                "width": SIDE, "height": SIDE, "extras": {**extras, "source": f"{package.name}/{name}", "license": package.license}})
+            splits[split_of(about["base"])].append((picture, {
+                **about, "tags": ", ".join(about["tags"]), "concept": concept_of(about["caption"]), "source": f"{package.name}/{name}",
+                "license": package.license}))
         progress(f"{package.name}: {len(seen)} pictures")
-    return Material("drawings", splits, README)
+    return Material(splits, README)
 
 
 def concept_of(text: str) -> str:

@@ -190,7 +190,7 @@ def mixed_orders(shuffles: Sequence[Shuffle], shares: Sequence[Fraction], first:
 
 def mixture_shares(weights: Sequence[float]) -> list[Fraction]:
     """Return for each dataset its share of the micro-batches that no dataset before it takes; the last one's is 1."""
-    exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+    exact = [Fraction(weight).limit_denominator(10**6) or Fraction(weight) for weight in weights]
     return [weight / sum(exact[number:]) for number, weight in enumerate(exact)]
 
 

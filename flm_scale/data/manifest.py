@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flm_scale.data.sources import Source
 from flm_scale.data.storage import Url, read_bytes
 from flm_scale.errors import DataError
 
@@ -57,15 +58,6 @@ def stats_name(shard: str) -> str:
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Source(_Entry):
-    """A package that the pictures or words come from."""
-
-    package: str
-    version: str
-    sha256: str
-    license: str
 
 
 class Shard(_Entry):
@@ -212,6 +204,7 @@ class InputEntry(_Entry):
 
     path: str
     """As it was named, without the folders that it lies in."""
+    split: str
     sha256: str
     rows: int
 

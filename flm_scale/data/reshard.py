@@ -16,7 +16,7 @@ from flm_scale.data.index import Index, ShardCache, map_index, write_arrow
 from flm_scale.data.manifest import Derivation, Shard, index_name, replaced
 from flm_scale.data.order import keyed_integers, keyed_number
 from flm_scale.data.shards import Dataset, commit_shard
-from flm_scale.data.tar import BLOCK, MAX_SAMPLE_BYTES, RECORD, list_members
+from flm_scale.data.tar import BLOCK, MAX_SAMPLE_BYTES, MAX_SAMPLES, RECORD, list_members
 from flm_scale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def reshard(dataset: Dataset, out: Path, *, samples_per_shard: int, seed: int | 
     seed: shuffles all samples of a split; None keeps their order. Tables of input rows stay behind: they are of the old shards. Raises DataError for
     a sample that is not what the index states, and where a key would stand twice in a shard.
     """
-    if samples_per_shard < 1:
-        raise ConfigError(f"--samples-per-shard ({samples_per_shard}) must be at least 1")
+    if not 1 <= samples_per_shard <= MAX_SAMPLES:
+        raise ConfigError(f"--samples-per-shard ({samples_per_shard}) must be 1 to {MAX_SAMPLES}")
     tasks: dict[str, list[Task]] = {}
     for split in dataset.splits:
         samples, total = Samples(dataset, split), dataset.manifest.splits[split].images

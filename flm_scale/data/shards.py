@@ -25,13 +25,13 @@ from flm_scale.data.manifest import (
     Preparation,
     Shard,
     Shards,
-    Source,
     Split,
     TokenizerEntry,
     index_name,
     replaced,
     stats_name,
 )
+from flm_scale.data.sources import Source
 from flm_scale.data.storage import Url, local_copy, locate, open_stream, size_of
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
@@ -139,7 +139,7 @@ def write_dataset(folder: Path, *, name: str, sources: Sequence[Mapping[str, str
     Raises DataError when the folder holds anything but an unfinished build of ours (`overwrite` also replaces a dataset), when two
     samples share a key, and when a key is more than letters, digits, '-' and '_'.
     """
-    _make_room(folder, overwrite=overwrite)
+    make_room(folder, overwrite=overwrite)
     keys: set[str] = set()
 
     def with_fresh_keys(samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -171,7 +171,7 @@ def check_room(folder: Path, *, overwrite: bool = False) -> None:
         raise DataError(f"{folder} holds files that are not a dataset's ({min(present)}); choose an empty folder")
 
 
-def _make_room(folder: Path, *, overwrite: bool) -> None:
+def make_room(folder: Path, *, overwrite: bool) -> None:
     """Leave the folder empty but for the mark that says: everything in here is ours to clear."""
     check_room(folder, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)

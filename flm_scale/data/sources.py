@@ -14,9 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import BaseModel, ConfigDict
+
 from flm_scale.errors import DataError
 
 FETCH_SECONDS = 600
+
+
+class Source(BaseModel):
+    """A package that the pictures or words of a dataset come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    package: str
+    version: str
+    sha256: str
+    license: str
 
 
 @dataclass(frozen=True)
@@ -35,10 +48,9 @@ class Package:
 
 
 class Material(NamedTuple):
-    """What a dataset is written from: for each split, the fields of its Samples except the keys."""
+    """What a dataset is made of: for each split PNGs, each with what a line of metadata.jsonl says of it."""
 
-    name: str
-    splits: dict[str, list[dict[str, Any]]]
+    splits: dict[str, list[tuple[bytes, dict[str, Any]]]]
     readme: str
 
 

@@ -29,6 +29,8 @@ DANGEROUS = frozenset({"pickle", "pkl", "pyd", "pyc", "py", "pt", "pth", "ckpt",
 KEY = re.compile(r"[A-Za-z0-9_=+@,-]+(/[A-Za-z0-9_=+@,-]+)*", re.ASCII)
 MAX_KEY_LENGTH = 200
 MAX_MEMBERS = 1_000_000
+MAX_SAMPLES = 300_000
+"""Of a shard that we write: each has three members."""
 MAX_SAMPLE_BYTES = 64 * 1024**2
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 1024**2, 32
 

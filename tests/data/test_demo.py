@@ -4,10 +4,14 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import time
 import zipfile
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -15,14 +19,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flm_scale.cli import main
 from flm_scale.data import demo, drawings
-from flm_scale.data.demo import build_demo, caption, caption_facts, train_dataset_tokenizer
+from flm_scale.data.demo import build_demo, caption, caption_facts, train_dataset_tokenizer, write_input
 from flm_scale.data.images import decode_image
-from flm_scale.data.shards import Dataset, open_dataset
+from flm_scale.data.manifest import DATASET
+from flm_scale.data.prepare.finish import finish
+from flm_scale.data.prepare.fleet import FleetOptions
+from flm_scale.data.prepare.inputs import open_inputs
+from flm_scale.data.prepare.ledger import read_ledger
+from flm_scale.data.prepare.spec import Spec
+from flm_scale.data.prepare.stages import plan_work, prepare_shard
+from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
 from flm_scale.data.sources import Material, Package, fetch, members
 from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.verify import verify
 from flm_scale.errors import DataError
 from tests.data.killed import is_killed_before_change
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("asked", "facts"), [
@@ -136,13 +151,34 @@ def test_killed_tokenizer_training_leaves_a_dataset_that_opens_and_is_finished_b
     assert len(roots) == 1
 
 
+def small_material(*_: object, **__: object) -> Material:
+    """Three pictures in two splits and none in the third; one has questions alone."""
+    from tests.conftest import drawn_sample
+
+    pictures = []
+    for number in range(3):
+        sample = drawn_sample(number, color="red", shape="circle")
+        pictures.append((sample.image, {"captions": sample.captions[:number], "questions": sample.questions, "answers": sample.answers,
+                                        "concept": sample.concept, "source": f"{number}.png", "license": "MIT"}))
+    return Material({"train": pictures[:2], "val": pictures[2:], "test": []}, "Drawn.")
+
+
+def prepare_here(inputs: Sequence[Path], folder: Path, spec: Spec, _: FleetOptions) -> bool:
+    """Do in this process what prepare lets a fleet do."""
+    found = open_inputs(spec, inputs)
+    for work in plan_work(spec, found):
+        prepare_shard(folder, spec, found, work, attempt=0)
+    shards = [read_committed_shard(folder, work.name) for work in plan_work(spec, found)]
+    finish(folder, spec, found, [shard for shard in shards if shard])
+    return True
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_build_is_finished_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
-    from tests.conftest import drawn_sample, write_toy
+    from tests.conftest import write_toy
 
-    fields = [vars(drawn_sample(i, color="red", shape="circle")) for i in range(2)]
-    pictures = [{name: value for name, value in one.items() if name != "key"} for one in fields]
-    monkeypatch.setattr(demo, "read_easy_vqa", lambda *_, **__: Material("small", {"train": pictures, "val": pictures}, "Drawn."))
+    monkeypatch.setattr(demo, "read_easy_vqa", small_material)
+    monkeypatch.setattr(demo, "prepare", prepare_here)
     toy, roots = write_toy(tmp_path / "toy").folder, set()
     for number in count():
         folder = tmp_path / str(number)
@@ -152,8 +188,70 @@ def test_killed_build_is_finished_by_the_same_command(tmp_path: Path, monkeypatc
         roots.add(build_demo(folder, overwrite=overwrite).root)
         if not is_killed:
             break
-    assert number > 15
+    assert number > 30
     assert len(roots) == 1
+
+
+def test_a_finished_layout_of_the_packages_is_used_again_and_a_killed_one_is_not(tmp_path: Path) -> None:
+    said: list[str] = []
+    for number in count():
+        folder = tmp_path / str(number)
+        is_killed = is_killed_before_change(number, lambda: write_input(folder, small_material, progress=said.append))  # noqa: B023 - called at once
+        assert folder.exists() != is_killed
+        if not is_killed:
+            break
+        write_input(folder, small_material, progress=said.append)
+    listed = {tuple(sorted((str(path.relative_to(folder)), path.read_bytes()) for path in folder.rglob("*") if path.is_file()))
+              for folder in tmp_path.iterdir() if not folder.suffix}
+    assert len(listed) == 1
+    assert [name for name, _ in listed.pop()] == ["README.md", "test/metadata.jsonl", "train/00000.png", "train/00001.png", "train/metadata.jsonl",
+                                                  "val/00000.png", "val/metadata.jsonl"]
+
+
+@pytest.mark.slow
+def test_the_fleet_builds_what_the_package_holds_whatever_the_workers_kills_and_repairs(demo_dataset: Dataset, tmp_path: Path) -> None:
+    """One worker undisturbed; two whose driver is killed in the middle; and a shard lost afterwards."""
+    whole = build_demo(tmp_path / "one", workers=1)
+    assert not verify(whole)
+    assert whole.tokenizer_fingerprint == demo_dataset.tokenizer_fingerprint
+    assert whole.manifest.sources == demo_dataset.manifest.sources
+    assert (whole.folder / "README.md").read_text() == (demo_dataset.folder / "README.md").read_text()
+    for split in ("train", "val", "test"):
+        ours, theirs = whole.index(split), demo_dataset.index(split)
+        for column in ("captions", "questions", "answers", "concepts"):
+            assert list(getattr(ours, column)) == list(getattr(theirs, column))
+        hashes = [[index.values(number, ["sha256"]) for number in range(len(index))] for index in (ours, theirs)]
+        assert hashes[0] == hashes[1]
+
+    folder = tmp_path / "two"
+    words = ["data", "demo", str(folder), "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "flm_scale", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not any(line["event"] == "committed" for line in read_ledger(folder)):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / DATASET).exists()
+    assert main(words) == 0
+    assert open_dataset(folder).root == whole.root
+
+    (folder / "index/val/00000.arrow").unlink()
+    assert main(["data", "repair", str(folder), "--workers", "1"]) == 0
+    assert open_dataset(folder).root == whole.root
+
+
+@pytest.mark.slow
+def test_a_machine_on_which_ray_does_not_start_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray's sockets need short names."""
+    monkeypatch.setattr(demo, "read_easy_vqa", small_material)
+    temporary = tmp_path / ("long" * 30)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert main(["data", "demo", str(tmp_path / "demo")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("flm: Ray does not start on this machine: ")
+    assert "; it needs " in line
 
 
 def fake_client(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:

@@ -417,7 +417,8 @@ def test_prepared_shards_are_sealed_as_a_dataset_with_their_tables_and_scores(tm
     empty = write_shard(tmp_path, "train/00002.tar", [])  # all of its rows were rejected
     (tmp_path / "train/.00001.tar.7.part").touch()  # left by a killed attempt
     entries = [read_committed_shard(tmp_path, "train/00000.tar"), read_committed_shard(tmp_path, "train/00001.tar")]
-    preparation = {"spec": {"image": {"size": 256}}, "spec_hash": "0" * 64, "inputs": [{"path": "a.parquet", "sha256": "0" * 64, "rows": 12}],
+    preparation = {"spec": {"image": {"size": 256}}, "spec_hash": "0" * 64,
+                   "inputs": [{"path": "a.parquet", "split": "train", "sha256": "0" * 64, "rows": 12}],
                    "fates": {"success": 10, "http_404": 2}, "versions": {"pillow": "11"}}
     sealed = seal_dataset(tmp_path, name="urls", sources=[], splits={"train": [*(one for one in entries if one), empty]},
                           preparation=preparation, readme="")

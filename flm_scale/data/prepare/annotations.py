@@ -14,24 +14,35 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from flm_scale.data.prepare.rows import MAX_CAPTIONS, MAX_TEXT_BYTES, Kind, Row, TableError, find_image, make_row, quoted
+from flm_scale.data.prepare.rows import MAX_CAPTIONS, MAX_TEXT_BYTES, Kind, Row, TableError, as_value, find_image, json_kinds, make_row, quoted
 from flm_scale.data.prepare.spec import Spec
-from flm_scale.errors import ConfigError
+from flm_scale.data.tar import read_json
+from flm_scale.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 LISTINGS = ("metadata.jsonl", "captions.csv", "captions.txt")
-FILE_COLUMNS, CAPTION_COLUMNS = ("file_name", "image", "file", "filename"), ("text", "caption")
+FILE_COLUMNS, CAPTION_COLUMNS = ("file_name", "image", "file", "filename"), ("text", "caption", "captions")
+ASKED = ("questions", "answers")
 VISUAL_GENOME_FOLDERS = ("", "VG_100K", "VG_100K_2")
 ROWS_AT_ONCE = 10_000
 BLANKS = re.compile(r"[ \t\r\n]*")
 READ_CHARACTERS, MAX_ELEMENT = 1024**2, 64 * 1024**2
 
-Said = tuple[str, list[str]]  # a picture's name or address, and its captions
+
+class Said(NamedTuple):
+    """What a listing or an annotation file says of a picture."""
+
+    name: str
+    """Or its address."""
+    captions: list[str] | None
+    """None where they are in a file beside it."""
+    about: Mapping[str, Any] = {}
+    """Questions, answers, concept and kept columns, as they came."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,8 @@ class ListedPart:
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
-        """None: there are no columns."""
-        return {}
+        """What a folder's listing can promise; annotation files have no columns."""
+        return json_kinds(self.spec) if self.spec.input.kind == "folder" else {}
 
     def counted(self) -> "ListedPart":
         """Read the listing and return the part with its number of rows. Raises TableError."""
@@ -58,12 +69,18 @@ class ListedPart:
         in_folder = self.spec.input.kind == "folder"
         for start in range(first, stop, ROWS_AT_ONCE):
             chunk = self._listing.slice(start, min(stop - start, ROWS_AT_ONCE)).to_pydict()
-            for name, captions in zip(chunk["name"], chunk["captions"], strict=True):
+            for name, captions, about in zip(chunk["name"], chunk["captions"], chunk["about"], strict=True):
                 if not in_folder:
                     yield make_row(self.spec, name, captions)
                     continue
                 image = find_image(self.path, os.fsdecode(name))
-                row = make_row(self.spec, name, captions if captions is not None else _captions_beside(image))
+                try:
+                    fields = read_json(about)[0]
+                except DataError:
+                    yield make_row(self.spec, name, [])._replace(fate="bad_json")
+                    continue
+                row = make_row(self.spec, name, captions if captions is not None else _captions_beside(image), fields,
+                               columns={column: as_value(fields.get(column), kind) for column, kind in self.kinds.items()})
                 yield row._replace(image=image, fate=row.fate or ("" if image else "bad_path"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,18 +89,19 @@ class ListedPart:
 
     @cached_property
     def _listing(self) -> "pa.Table":
-        """Columns `name` and `captions`, as bytes: what is no UTF-8 is one row's fate."""
+        """Columns `name`, `captions` and `about` (JSON), as bytes: what is no UTF-8 is one row's fate."""
         import pyarrow as pa
 
-        schema = pa.schema([("name", pa.binary()), ("captions", pa.list_(pa.binary()))])
+        schema = pa.schema([("name", pa.binary()), ("captions", pa.list_(pa.binary())), ("about", pa.binary())])
         read = READERS[self.spec.input.kind]
         try:
             said = iter(read(self.path, self.spec))
             chunks = []
             while chunk := list(islice(said, ROWS_AT_ONCE)):
-                names = [_raw(name) for name, _ in chunk]
-                captions = [None if texts is None else [_raw(text) for text in texts] for _, texts in chunk]
-                chunks.append(pa.table({"name": names, "captions": captions}, schema=schema))
+                names = [_raw(one.name) for one in chunk]
+                captions = [None if one.captions is None else [_raw(text) for text in one.captions] for one in chunk]
+                about = [json.dumps(dict(one.about)).encode() for one in chunk]
+                chunks.append(pa.table({"name": names, "captions": captions, "about": about}, schema=schema))
             return pa.concat_tables(chunks) if chunks else schema.empty_table()
         except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error, MemoryError, RecursionError) as error:
             raise TableError(f"{self.path} cannot be read as {self.spec.input.kind} ({type(error).__name__}: {quoted(error)}); "
@@ -97,12 +115,15 @@ def open_listed(path: Path, spec: Spec) -> ListedPart:
     return ListedPart(path, spec).counted()
 
 
-def _folder(folder: Path, spec: Spec) -> Iterable[Said | tuple[str, None]]:  # noqa: ARG001 - a reader like the others
+def _folder(folder: Path, spec: Spec) -> Iterable[Said]:
     """List the folder: by a listing in it, or else every picture, whose captions are read with its row."""
     for name in LISTINGS:
         if (file := folder / name).is_file():
-            return _grouped(_json_lines(file) if file.suffix == ".jsonl" else _csv_lines(file))
-    return ((path, None) for path in list_files(folder) if Path(path).suffix.lower() in PICTURES)
+            return _grouped(_json_lines(file, spec) if file.suffix == ".jsonl" else _csv_lines(file, spec))
+    if spec.kept_columns:
+        raise ConfigError(f"input.keep and filter.where name columns ({', '.join(spec.kept_columns)}); input {folder} has no "
+                          f"{' or '.join(LISTINGS)} that holds them; clear them, or write one")
+    return (Said(path, None) for path in list_files(folder) if Path(path).suffix.lower() in PICTURES)
 
 
 def list_files(folder: Path) -> list[str]:
@@ -124,7 +145,7 @@ def _captions_beside(image: Path | None) -> list[bytes | str | None]:
     return [*lines[:MAX_CAPTIONS]]
 
 
-def _json_lines(file: Path) -> Iterator[Said]:
+def _json_lines(file: Path, spec: Spec) -> Iterator[Said]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
@@ -132,16 +153,17 @@ def _json_lines(file: Path) -> Iterator[Said]:
                 name, captions = _named(fields, FILE_COLUMNS), _named(fields, CAPTION_COLUMNS)
                 if not isinstance(name, str):
                     raise ValueError(f"line {number} has none of the fields {', '.join(FILE_COLUMNS)}")
-                yield name, [captions] if isinstance(captions, str) else list(captions or [])
+                yield Said(name, [captions] if isinstance(captions, str) else list(captions or []),
+                           {field: fields[field] for field in (*ASKED, "concept", *spec.kept_columns) if field in fields})
 
 
-def _csv_lines(file: Path) -> Iterator[Said]:
+def _csv_lines(file: Path, spec: Spec) -> Iterator[Said]:
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         for fields in csv.DictReader(stream):
             name = _named(fields, FILE_COLUMNS)
             if name is None:
                 raise ValueError(f"it has none of the columns {', '.join(FILE_COLUMNS)}")
-            yield name, [_named(fields, CAPTION_COLUMNS) or ""]
+            yield Said(name, [_named(fields, CAPTION_COLUMNS) or ""], {field: fields.get(field) for field in spec.kept_columns})
 
 
 def _named(fields: Mapping[str, Any], names: Iterable[str]) -> Any:  # noqa: ANN401 - a value of somebody's JSON
@@ -149,11 +171,16 @@ def _named(fields: Mapping[str, Any], names: Iterable[str]) -> Any:  # noqa: ANN
 
 
 def _grouped(said: Iterable[Said]) -> Iterable[Said]:
-    """Put what is said of one picture together, where it was first named."""
-    groups: dict[str, list[str]] = {}
-    for name, captions in said:
-        groups.setdefault(name, []).extend(captions)
-    return groups.items()
+    """Put what is said of one picture together, where it was first named: captions and questions add up, of all else the first counts."""
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for name, captions, more in said:
+        known, about = groups.setdefault(name, ([], {}))
+        known.extend(captions or [])
+        both = [[fields.get(field) or [] for field in ASKED] for fields in (about, more)]
+        fits = all(isinstance(questions, list) and isinstance(answers, list) and len(questions) == len(answers) for questions, answers in both)
+        asked = [first + further for first, further in zip(*both, strict=True)] if fits else [[""], []]  # two wrongs must not come out even
+        about.update({**more, **about, **dict(zip(ASKED, asked, strict=True))})
+    return (Said(name, captions, about) for name, (captions, about) in groups.items())
 
 
 def _coco(file: Path, spec: Spec) -> Iterator[Said]:
@@ -163,7 +190,7 @@ def _coco(file: Path, spec: Spec) -> Iterator[Said]:
     captions: dict[Any, list[str]] = {number: [] for number in names}
     for annotation in _elements(file, "annotations"):
         captions[annotation["image_id"]].append(str(annotation["caption"]))
-    return ((name, captions[number]) for number, name in names.items())
+    return (Said(name, captions[number]) for number, name in names.items())
 
 
 def _visual_genome(file: Path, spec: Spec) -> Iterator[Said]:
@@ -171,7 +198,7 @@ def _visual_genome(file: Path, spec: Spec) -> Iterator[Said]:
     for entry in _elements(file):
         names = [f"{folder}/{int(entry['id'])}.jpg".lstrip("/") for folder in VISUAL_GENOME_FOLDERS]
         name = next((name for name in names if (spec.input.images or Path()).joinpath(name).is_file()), names[0])
-        yield name, [str(region["phrase"]) for region in entry["regions"]]
+        yield Said(name, [str(region["phrase"]) for region in entry["regions"]])
 
 
 def _sbu(file: Path, spec: Spec) -> Iterator[Said]:  # noqa: ARG001 - a reader like the others
@@ -181,7 +208,7 @@ def _sbu(file: Path, spec: Spec) -> Iterator[Said]:  # noqa: ARG001 - a reader l
     pairs = (zip(_elements(file, "image_urls"), _elements(file, "captions"), strict=True) if as_lists
              else ((entry[0], entry[1]) for entry in _elements(file)))
     for url, caption in pairs:
-        yield str(url), [str(caption)]
+        yield Said(str(url), [str(caption)])
 
 
 def _elements(file: Path, field: str = "") -> Iterator[Any]:
@@ -265,5 +292,5 @@ def _raw(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-READERS: dict[str, Callable[[Path, Spec], Iterable[Said | tuple[str, None]]]] = {
+READERS: dict[str, Callable[[Path, Spec], Iterable[Said]]] = {
     "folder": _folder, "coco": _coco, "visual_genome": _visual_genome, "sbu": _sbu}

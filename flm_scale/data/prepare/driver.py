@@ -23,17 +23,17 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from flm_scale.data.manifest import DATASET, Manifest, Shard, stats_name
+from flm_scale.data.manifest import DATASET, Shard, stats_name
 from flm_scale.data.prepare.finish import finish
 from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
 from flm_scale.data.prepare.inputs import Input, open_inputs
 from flm_scale.data.prepare.ledger import FOLDER, Ledger, Lock, locked, read_ledger, write_json
-from flm_scale.data.prepare.rewrite import settle, settle_shard
+from flm_scale.data.prepare.rewrite import is_whole, settle, settle_shard
 from flm_scale.data.prepare.spec import Spec, difference
 from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
 from flm_scale.data.prepare.status import Display, Meter, State, write_status
 from flm_scale.data.prepare.worker import Work as Doing
-from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
+from flm_scale.data.shards import TOKENIZER, Dataset, open_dataset, read_committed_shard
 from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def prepare(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOpti
         todo = [work for work in plan.works if work.name not in committed]
         print(f"{plan.folder}: {len(plan.works):,} shards of {sum(entry.rows for entry in plan.inputs):,} rows, {len(committed):,} of them done",
               file=sys.stderr)
-        return work_through(plan, todo, partial(prepare_shard, plan.folder, spec, plan.inputs), committed)
+        return work_through(plan, todo, partial(prepare_shard, plan.folder, plan.spec, plan.inputs), committed)
 
 
 def remembered(folder: Path) -> tuple[Spec, list[Path]]:
@@ -76,7 +76,8 @@ def remembered(folder: Path) -> tuple[Spec, list[Path]]:
     file = folder / FOLDER / "preparation.json"
     try:
         content = json.loads(file.read_bytes())
-        return Spec.model_validate_json(json.dumps(content["spec"])), [Path(entry["path"]) for entry in content["inputs"]]
+        paths = [Path(f"{entry['split']}={entry['path']}") for entry in content["inputs"]]
+        return Spec.model_validate_json(json.dumps(content["spec"])), paths
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} was not prepared ({file} cannot be read); begin with: flm data prepare --input X --output {folder}") from error
 
@@ -84,36 +85,45 @@ def remembered(folder: Path) -> tuple[Spec, list[Path]]:
 @contextmanager
 def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions) -> Iterator[Plan]:
     """Hold the folder, and open the inputs; what a killed driver left half done there is brought to its end."""
-    folder = folder.resolve()
-    if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
-    with locked(folder) as lock, _stopped_by_signals():
-        found = _open_inputs(spec, inputs)
-        _remember(folder / FOLDER / "preparation.json", spec, found)
-        settle(folder)
-        yield Plan(folder, spec, found, plan_work(spec, found), lock, options)
+    folder, spec = folder.resolve(), spec.anchored()
+    try:
+        if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
+            raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
+        with locked(folder) as lock, _stopped_by_signals():
+            found = _open_inputs(spec, inputs)
+            if around := next((entry.path for entry in found if folder.is_relative_to(entry.path) and not entry.path.is_relative_to(folder)), None):
+                raise ConfigError(f"--output {folder} lies in --input {around} and would become a part of it; choose another --output")
+            _remember(folder / FOLDER / "preparation.json", spec, found)
+            settle(folder)
+            yield Plan(folder, spec, found, plan_work(spec, found), lock, options)
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: {error.strerror or error}; put that right and start the same command again") from error
 
 
 def _open_inputs(spec: Spec, paths: Sequence[Path]) -> list[Input]:
     if spec.input.warning:
         print(f"flm: {spec.input.warning}", file=sys.stderr)
     with Console(stderr=True).status("the inputs are read, for their hashes") as line:
-        return open_inputs(spec, [path.resolve() for path in paths], progress=lambda name: line.update(f"the inputs are read: {name}"))
+        return open_inputs(spec, paths, progress=lambda name: line.update(f"the inputs are read: {name}"))
 
 
 def _remember(file: Path, spec: Spec, inputs: Sequence[Input]) -> None:
     """Note spec and inputs at the first start; refuse others at every later one."""
     # Through JSON, so that both sides of the comparison are what JSON knows.
     now = json.loads(json.dumps({"spec": spec.model_dump(mode="json"), "decisive": spec.decisive(),
-                                 "inputs": [{"path": str(entry.path), "sha256": entry.sha256, "rows": entry.rows} for entry in inputs]}))
+                                 "inputs": [{"split": entry.split, "path": str(entry.path), "sha256": entry.sha256, "rows": entry.rows}
+                                            for entry in inputs]}))
     if file.exists():
-        before = json.loads(file.read_bytes())
+        try:
+            before = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{file} is damaged ({error}); restore it, or choose another --output") from error
         if lines := difference(before["decisive"], now["decisive"]):
             raise ConfigError(f"{file.parent.parent} has another spec: {'; '.join(lines)}; give the old values, or choose another --output")
-        was, is_now = ([(entry["sha256"], entry["rows"]) for entry in content["inputs"]] for content in (before, now))
+        was, is_now = ([(entry["split"], entry["sha256"], entry["rows"]) for entry in content["inputs"]] for content in (before, now))
         if was != is_now:
             differ = [entry["path"] for entry, here in zip(now["inputs"], is_now, strict=True) if here not in was] or ["their number or order"]
-            raise ConfigError(f"{file.parent.parent} has other inputs ({len(was)} with {sum(rows for _, rows in was):,} rows; what differs: "
+            raise ConfigError(f"{file.parent.parent} has other inputs ({len(was)} with {sum(rows for *_, rows in was):,} rows; what differs: "
                               f"{', '.join(differ)}); restore them, or choose another --output")
     write_json(file, now)  # paths, and values that decide nothing, may have changed
 
@@ -138,17 +148,29 @@ def work_through(plan: Plan, todo: Sequence[Work], doing: Doing[Work], committed
 
 
 def _follow_and_seal(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> bool:
-    if todo:
+    while todo:
         with _status_at_the_end(plan.folder, meter):
-            _follow(plan, doing, todo, attempts, meter)
+            raced = _follow(plan, doing, todo, attempts, meter)
+        # Two workers at one shard may have met servers that answered unlike, and left files of both.
+        todo = [work for work in todo if work.name in raced and not is_whole(plan.folder, work.name)]
+        attempts = _history(plan, {})[0] if todo else attempts
     if meter.quarantined:
         for shard, reason in meter.quarantined.items():
             print(f"flm: shard {shard} is in quarantine: {reason}", file=sys.stderr)
         print(f"flm: {len(meter.quarantined)} of {len(plan.works)} shards are missing; to try them again: flm data repair {plan.folder}",
               file=sys.stderr)
         return False
-    write_status(plan.folder, meter.status("sealing"))
-    dataset = _seal(plan, committed_shards(plan), attempts)
+    told = 0.0
+
+    def alive() -> None:
+        nonlocal told
+        if time.monotonic() - told > STATUS_SECONDS:
+            told = time.monotonic()
+            write_status(plan.folder, meter.status("sealing"))
+            plan.lock.renew()
+
+    alive()
+    dataset = _seal(plan, committed_shards(plan), attempts, alive)
     kept, prepared = int(dataset.shards().counts.sum()), dataset.manifest.preparation
     write_status(plan.folder, replace(meter.status("done"), kept=kept, fates=prepared.fates if prepared else {}))
     print(f"{plan.folder}: {kept:,} samples in {len(plan.works):,} shards ({dataset.root[:12]}); "
@@ -166,14 +188,15 @@ def _status_at_the_end(folder: Path, meter: Meter) -> Iterator[None]:
         write_status(folder, meter.status(state))
 
 
-def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> None:
-    """Run the fleet to the end, count and write down what happens, and show how it goes."""
-    shown, given_up_in_a_row = 0.0, 0
+def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> set[str]:
+    """Run the fleet to the end, count and write down what happens, and show how it goes; return shards that two workers were at."""
+    shown, given_up_in_a_row, raced = 0.0, 0, set[str]()
     with _fleet(plan, doing, plan.options) as fleet, closing(Ledger(plan.folder)) as ledger, Display() as display:
         for event in fleet.run(todo, first_attempt=lambda work: attempts.get(work.name, 0)):
             if event:
                 meter.take(event)
                 _note(plan.folder, ledger, event)
+                raced |= {event.task.name} if event.kind == "killed" else set()
                 given_up_in_a_row = 0 if event.kind == "done" else given_up_in_a_row + (event.kind == "given_up")
                 if given_up_in_a_row >= GIVEN_UP_IN_A_ROW:
                     raise FleetError(f"{given_up_in_a_row} shards in a row came to nothing, the last by: {event.reason}; put that right and start "
@@ -184,6 +207,7 @@ def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapp
                 write_status(plan.folder, status)
                 display.show(status)
                 plan.lock.renew()
+    return raced
 
 
 def _fleet(plan: Plan, doing: Doing[Any], options: FleetOptions) -> Fleet[Any]:
@@ -219,19 +243,22 @@ def _history(plan: Plan, committed: Mapping[str, Shard]) -> tuple[dict[str, int]
     return attempts, reports
 
 
-def _seal(plan: Plan, shards: Mapping[str, Shard], attempts: Mapping[str, int]) -> Dataset:
-    """Drop duplicates among shards and state the dataset, unless that is done."""
-    entries, had_tokenizer = [shards[work.name] for work in plan.works], False
+def _seal(plan: Plan, shards: Mapping[str, Shard], attempts: Mapping[str, int], alive: Callable[[], None]) -> Dataset:
+    """Drop duplicates among shards and state the dataset, unless that is done.   alive: called again and again."""
+    entries, had_tokenizer = [shards[work.name] for work in plan.works], (plan.folder / TOKENIZER).exists()
     if (plan.folder / DATASET).exists():
         with suppress(DataError):  # what it states is not what is there
-            had_tokenizer = Manifest.read(plan.folder).tokenizer is not None
             dataset = open_dataset(plan.folder)
-            if list(dataset.shards()) == entries and (had_tokenizer or not plan.spec.tokenizer):
+            if list(dataset.shards()) == entries and (dataset.tokenizer_fingerprint or not plan.spec.tokenizer):
                 return dataset
         (plan.folder / DATASET).unlink()
     with Console(stderr=True).status("duplicates are looked for") as line:
-        dataset = finish(plan.folder, plan.spec, plan.inputs, entries, run=partial(_close_all, plan, attempts),
-                         progress=lambda name: line.update(f"duplicates are looked for, and dropped: {name}"))
+
+        def progress(name: str) -> None:
+            alive()
+            line.update(f"duplicates are looked for, and dropped: {name}")
+
+        dataset = finish(plan.folder, plan.spec, plan.inputs, entries, run=partial(_close_all, plan, attempts, alive), progress=progress)
     if had_tokenizer and not plan.spec.tokenizer:  # it was trained since
         tokenizer = Tokenizer(dataset.tokenizer_file)
         write_sidecars(dataset, tokenizer)
@@ -257,7 +284,7 @@ def _close(folder: Path, function: Callable[[tuple[Shard, Mapping[int, str]]], S
     return function((settle_shard(folder, task.name) or task.shard, task.fates)).model_dump()
 
 
-def _close_all(plan: Plan, attempts: Mapping[str, int], function: Callable[[tuple[Shard, Mapping[int, str]]], Shard],
+def _close_all(plan: Plan, attempts: Mapping[str, int], alive: Callable[[], None], function: Callable[[tuple[Shard, Mapping[int, str]]], Shard],
                tasks: Iterable[tuple[Shard, Mapping[int, str]]]) -> Iterator[Shard]:
     """Be `finish`'s map: the fleet does the shards that have something to be done; the others are as they are."""
     done = dict[str, Shard]()  # in the order of the shards
@@ -278,19 +305,21 @@ def _close_all(plan: Plan, attempts: Mapping[str, int], function: Callable[[tupl
                     done[event.task.name] = Shard(**event.result)
                 elif event and event.kind == "given_up":
                     raise FleetError(f"shard {event.task.name} cannot be closed: {event.reason}; put that right and start the same command again")
-                plan.lock.renew()
+                alive()
     yield from done.values()
 
 
 def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetOptions) -> None:
     """Prepare some rows from the middle of the input and throw them away; print what all of them would come to."""
-    found = _open_inputs(spec, inputs)
+    if rows < 1:
+        raise ConfigError(f"--rows ({rows}) must be at least 1")
+    found, spec = _open_inputs(spec, inputs), spec.anchored()
     works, total = plan_work(spec, found), sum(entry.rows for entry in found)
     source = max(range(len(found)), key=lambda number: found[number].rows)
     first = max(0, (found[source].rows - rows) // 2)
     sample = Work(spec.split, 0, source, first, min(first + rows, found[source].rows))
     with tempfile.TemporaryDirectory() as folder, _stopped_by_signals():
-        alone = replace(options, workers=1)
+        alone = replace(options, workers=1, ray_address="local", labels=())  # the folder is this machine's alone
         with Fleet(partial(prepare_shard, Path(folder), spec, found), alone, folder=Path(folder, "beats"), risky_stages=RISKY_STAGES) as fleet:
             last = [event for event in fleet.run([sample]) if event][-1]
     if last.kind != "done":

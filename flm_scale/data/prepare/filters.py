@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flm_scale.data.images import on_white
+from flm_scale.data.images import ImageError, on_white
 from flm_scale.data.prepare.spec import Condition, ImageConfig, TextConfig
 from flm_scale.errors import ConfigError
 
@@ -91,13 +91,19 @@ def perceptual_hash(image: bytes) -> int:
     """Return 64 bits that say where the coarse structure of a picture lies above its median: copies of one picture mostly have them all in common.
 
     image: the file of a good picture, as it is stored.   It is imagehash's phash, bit for bit, in whole numbers and without scipy: the 8 x 8 lowest
-    cosine coefficients of 32 x 32 grey pixels. Source: hackerfactor.com, "Looks Like It".
+    cosine coefficients of 32 x 32 grey pixels. Raises ImageError. Source: hackerfactor.com, "Looks Like It".
     """
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        grey = on_white(Image.open(io.BytesIO(image))).convert("L").resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.LANCZOS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grey = on_white(Image.open(io.BytesIO(image))).convert("L").resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.LANCZOS)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow refuses some of what simplejpeg takes, with almost any class
+        raise ImageError(f"image of {len(image)} bytes cannot be decoded ({type(error).__name__}: {error}); replace or drop it",
+                         reason="damaged") from error
     low = COSINES @ np.asarray(grey, np.int64) @ COSINES.T
     middle = np.sort(low, axis=None)[31:33].sum()
     return int.from_bytes(np.packbits(2 * low > middle).tobytes(), "big")

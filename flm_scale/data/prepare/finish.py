@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import unidata_version
@@ -77,13 +78,15 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
         entries.append(entry)
         fates.update(message or "success" for message in read_table(folder, entry, ["error_message"])["error_message"].to_pylist())
     shutil.rmtree(folder / STAGING, ignore_errors=True)
-    given = [{"path": opened.path.name, "sha256": opened.sha256, "rows": opened.rows} for opened in inputs]
+    given = [{"path": opened.path.name, "split": opened.split, "sha256": opened.sha256, "rows": opened.rows} for opened in inputs]
     preparation = {"spec": spec.decisive(), "spec_hash": spec.hash, "inputs": given, "fates": dict(sorted(fates.items())),
                    "versions": library_versions(spec)}
     lines = "\n".join(f"| {fate} | {count:,} |" for fate, count in fates.most_common())
-    readme = README.format(name=spec.name, kept=fates["success"], rows=fates.total(), fates=lines,
-                           inputs=", ".join(opened.path.name for opened in inputs))
-    dataset = seal_dataset(folder, name=spec.name, sources=[], splits={spec.split: entries}, preparation=preparation, readme=readme)
+    readme = spec.readme.read_text(encoding="utf-8") if spec.readme else README.format(
+        name=spec.name, kept=fates["success"], rows=fates.total(), fates=lines, inputs=", ".join(opened.path.name for opened in inputs))
+    splits = {split: list(of_split) for split, of_split in groupby(entries, key=lambda entry: entry.split)}  # a plan has them together
+    dataset = seal_dataset(folder, name=spec.name, sources=[source.model_dump() for source in spec.sources], splits=splits,
+                           preparation=preparation, readme=readme)
     if spec.tokenizer:
         shutil.copyfile(spec.tokenizer, folder / TOKENIZER)
         tokenizer = Tokenizer(folder / TOKENIZER)
@@ -99,7 +102,7 @@ def library_versions(spec: Spec) -> dict[str, str]:
 
 
 def find_duplicates(folder: Path, spec: Spec, shards: Sequence[Shard], *, progress: Callable[[str], None] = lambda _: None) -> Duplicates:
-    """Return every sample that equals an earlier one, by the sha256 of its original bytes, by address and caption, or by perceptual hash.
+    """Return every sample that equals an earlier one, by the sha256 of its original bytes, by web address and caption, or by perceptual hash.
 
     Hashes go to files below `folder` by their value (72 bytes a sample on disk at most), and each file is sorted by itself: 400 million samples take
     100 files a rule, and sorting one 226 MB (measured) of memory. An earlier sample counts whether or not it goes itself.
@@ -138,7 +141,7 @@ def _spill(folder: Path, shards: Sequence[Shard], files: Mapping[str, Sequence[P
 
 def _hash(rule: str, columns: Mapping[str, Sequence[Any]], row: int) -> bytes:
     """Return 16 bytes that equal samples have in common."""
-    if rule == "sha256":
+    if rule == "sha256" or (rule == "row" and "://" not in (columns["url"][row] or "")):  # a file's name is no address
         return bytes.fromhex(columns["sha256"][row])[:16]
     text = columns["phash"][row].to_bytes(8, "little") if rule == "phash" else f"{columns['url'][row]}\0{columns['caption'][row]}".encode()
     return hashlib.blake2b(text, digest_size=16).digest()

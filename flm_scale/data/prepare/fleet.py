@@ -63,6 +63,11 @@ class FleetOptions:
     memory_gb: float = 4.0
     """What a worker may ask for beyond what it has when it starts, in 10**9 bytes: a decoder that wants more gets an error, and the node lives."""
 
+    def __post_init__(self) -> None:
+        if self.workers < 0 or min(self.row_seconds, self.task_seconds, self.memory_gb) <= 0:
+            raise ConfigError(f"--workers ({self.workers}) must be 0 or more; --row-seconds ({self.row_seconds}), --task-seconds "
+                              f"({self.task_seconds}) and --memory-gb ({self.memory_gb}) above 0")
+
     @property
     def label_selector(self) -> dict[str, str]:
         """The labels by name. Raises ConfigError."""

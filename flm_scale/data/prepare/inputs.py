@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from flm_scale.data.prepare.annotations import list_files, open_listed
-from flm_scale.data.prepare.rows import MAX_CAPTIONS, Kind, Part, Row, as_value, compared_columns, make_row
+from flm_scale.data.prepare.rows import MAX_CAPTIONS, Kind, Part, Row, as_value, json_kinds, make_row
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.prepare.tables import open_table
 from flm_scale.data.tar import Member, list_members, read_json
@@ -26,6 +27,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 class Input:
     """One of the paths handed over."""
 
+    split: str
     path: Path
     sha256: str
     """Of the file; of a folder, that of its sorted listing with sizes and hashes."""
@@ -56,21 +58,29 @@ class Input:
 def open_inputs(spec: Spec, paths: Sequence[Path], *, progress: Callable[[str], None] = lambda _: None) -> list[Input]:
     """Open every path, in the order given, and read all bytes for their hashes.
 
-    progress: is told each file that is done.   Raises DataError for what is refused, ConfigError for columns that the kind has not.
+    paths: each PATH, which goes to spec.split, or SPLIT=PATH (./a=b is a path).   progress: is told each file that is done.
+    Raises DataError for what is refused, ConfigError for columns that the kind has not.
     """
-    if spec.kept_columns and spec.input.kind not in ("table", "shards"):
+    if not paths:
+        raise ConfigError("no input is named; add --input PATH")
+    if spec.kept_columns and spec.input.kind not in ("table", "shards", "folder"):
         raise ConfigError(f"input.keep and filter.where name columns ({', '.join(spec.kept_columns)}); input.kind {spec.input.kind} has none; "
                           "clear them")
-    inputs = [_open_input(spec, path, progress) for path in paths]
+    inputs = [_open_input(spec, *_split_and_path(spec, path), progress) for path in paths]
     if not sum(opened.rows for opened in inputs):
-        raise DataError(f"{', '.join(map(str, paths)) or 'the input'} holds no rows; name files with rows")
+        raise DataError(f"{', '.join(map(str, paths))} holds no rows; name files with rows")
     return inputs
 
 
-def _open_input(spec: Spec, path: Path, progress: Callable[[str], None]) -> Input:
+def _split_and_path(spec: Spec, path: Path) -> tuple[str, Path]:
+    named = re.fullmatch(r"([a-z0-9_]+)=(.+)", str(path), re.DOTALL)
+    return (named[1], Path(named[2]).resolve()) if named else (spec.split, path.resolve())
+
+
+def _open_input(spec: Spec, split: str, path: Path, progress: Callable[[str], None]) -> Input:
     kind = spec.input.kind
     if not path.exists():
-        raise DataError(f"input {path} does not exist; correct the path")
+        raise DataError(f"input {path} (of the split {split}) does not exist; correct the path")
     if kind == "folder" and not path.is_dir():
         raise DataError(f"input {path} is no folder; input.kind folder reads folders of pictures: name one, or set input.kind")
     names = list_files(path) if path.is_dir() else [""]
@@ -82,11 +92,11 @@ def _open_input(spec: Spec, path: Path, progress: Callable[[str], None]) -> Inpu
         hashes = list(threads.map(partial(_size_and_sha256, progress), [path / name for name in names]))
         parts = [open_listed(path, spec)] if kind == "folder" else list(threads.map(partial(_open_part, spec), [path / name for name in names]))
     if not path.is_dir():
-        return Input(path, hashes[0][1], tuple(parts))
+        return Input(split, path, hashes[0][1], tuple(parts))
     listing = hashlib.sha256()
     for name, (size, sha256) in zip(names, hashes, strict=True):
         listing.update(os.fsencode(name) + f" {size} {sha256}\n".encode())
-    return Input(path, listing.hexdigest(), tuple(parts))
+    return Input(split, path, listing.hexdigest(), tuple(parts))
 
 
 def _open_part(spec: Spec, path: Path) -> Part:
@@ -116,8 +126,8 @@ class TarPart:
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
-        """Texts, but for what conditions compare: a JSON beside each picture promises nothing."""
-        return {name: "float" if name in compared_columns(self.spec) else "str" for name in self.spec.kept_columns}
+        """What its JSON can promise."""
+        return json_kinds(self.spec)
 
     def read(self, first: int, stop: int) -> Iterator[Row]:
         """Yield rows [first, stop). Raises ShardError."""
@@ -148,7 +158,7 @@ class TarPart:
         texts = fields.get("captions")
         captions = texts[:MAX_CAPTIONS] if isinstance(texts, list) and texts else [content.get("txt", b"")]
         url = fields.get("url")
-        row = make_row(self.spec, url if isinstance(url, str) else name, [text for text in captions if isinstance(text, bytes | str)],
+        row = make_row(self.spec, url if isinstance(url, str) else name, [text for text in captions if isinstance(text, bytes | str)], fields,
                        columns={column: as_value(fields.get(column), kind) for column, kind in self.kinds.items()})
         picture = next((content[extension] for extension in PICTURES if extension in content), None)
         return row._replace(image=picture or b"", fate=row.fate or ("" if picture else "no_image"))

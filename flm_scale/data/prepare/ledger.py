@@ -6,9 +6,11 @@
       status.json        the newest state, as `flm data status` shows it
       lock               host and process of the driver at work
       beats/             what each worker is at
+      input-*/           what `flm data demo` has laid out to be prepared
 
 The truth about what is done is on disk, in the shards themselves; the ledger says how it came about, and which attempt numbers are taken. None
-of it is part of the dataset's root, and all of it may be deleted when the dataset is sealed.
+of it is part of the dataset's root, and all of it may be deleted when the dataset is sealed, but retry and repair then have
+nothing to go by.
 """
 
 import fcntl

@@ -1,6 +1,5 @@
 """What can be done again to a prepared dataset: fetch what failed, make what is damaged. Neither touches what is good."""
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -9,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flm_scale.data.manifest import Shard, stats_name
+from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare.driver import committed_shards, opened, remembered, work_through
 from flm_scale.data.prepare.fleet import FleetOptions
 from flm_scale.data.prepare.inputs import Input
-from flm_scale.data.prepare.rewrite import read_table, settle_shard
+from flm_scale.data.prepare.rewrite import is_whole, read_table, settle_shard
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.prepare.stages import Work, prepare_shard
 from flm_scale.errors import DataError, did_you_mean
@@ -39,7 +38,7 @@ def retry(folder: Path, *, reason: str, options: FleetOptions) -> bool:
                             f"({', '.join(f'{fate} {count}' for fate, count in found.most_common()) or 'nothing was'})")
         print(f"{folder}: rows of {len(todo):,} of {len(plan.works):,} shards are fetched again", file=sys.stderr)
         again = {work.name for work in todo}
-        return work_through(plan, todo, partial(_retry_shard, plan.folder, spec, plan.inputs, fates),
+        return work_through(plan, todo, partial(_retry_shard, plan.folder, plan.spec, plan.inputs, fates),
                             {name: shard for name, shard in committed.items() if name not in again})
 
 
@@ -62,19 +61,9 @@ def repair(folder: Path, *, options: FleetOptions) -> bool:
     spec, inputs = remembered(folder)
     with opened(inputs, folder, spec, options) as plan:
         committed = committed_shards(plan)
-        damaged = [shard.name for shard in committed.values() if _is_damaged(plan.folder, shard)]
-        for name in damaged:
-            (plan.folder / stats_name(name)).unlink()
+        for name in [name for name in committed if not is_whole(plan.folder, name)]:
             print(f"flm: shard {name} is damaged and made again", file=sys.stderr)
             del committed[name]
         todo = [work for work in plan.works if work.name not in committed]
         print(f"{folder}: {len(todo):,} of {len(plan.works):,} shards are made again", file=sys.stderr)
-        return work_through(plan, todo, partial(prepare_shard, plan.folder, spec, plan.inputs), committed)
-
-
-def _is_damaged(folder: Path, shard: Shard) -> bool:
-    for name, _, sha256 in shard.files:
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                return True
-    return False
+        return work_through(plan, todo, partial(prepare_shard, plan.folder, plan.spec, plan.inputs), committed)

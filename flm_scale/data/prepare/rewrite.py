@@ -3,6 +3,7 @@
 A kill at any moment leaves the old shard, the new one, or parts of both that `settle` makes the new one: what stays is never fetched again.
 """
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,3 +82,14 @@ def read_table(folder: Path, shard: Shard, columns: list[str] | None = None) -> 
             return file.read(columns=columns)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{folder / shard.table_name} cannot be read ({quoted(error)}); repair the dataset") from error
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Hash a committed shard's files; one that is not what it states is no longer committed then."""
+    shard = read_committed_shard(folder, name)
+    for file, _, sha256 in shard.files if shard else ():
+        with (folder / file).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                (folder / stats_name(name)).unlink()
+                return False
+    return shard is not None

@@ -6,13 +6,14 @@ What is wrong with one row is the row's `fate`, for the counters; an input that 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
+from flm_scale.data.prepare.filters import normalise
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.errors import DataError, did_you_mean
 
-MAX_TEXT_BYTES, MAX_CAPTIONS = 65_536, 256  # of one caption; of one picture
+MAX_TEXT_BYTES, MAX_CAPTIONS = 65_536, 256  # of one text; of one picture, and as many questions
 SHOWN_CHARACTERS = 200  # of a text that is refused
 Kind = Literal["int", "float", "str"]
 
@@ -38,7 +39,11 @@ class Row(NamedTuple):
     columns: Mapping[str, int | float | str | None] = {}
     """Spec.kept_columns."""
     fate: str = ""
-    """Why nothing can be made of it: no_url, no_caption, bad_text, bad_row, bad_path, or the reader's word. Empty for a good one."""
+    """Why nothing can be made of it: no_url, no_caption, bad_text, bad_questions, bad_row, bad_path, or the reader's word. Empty for a good one."""
+    questions: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    """One for each question."""
+    concept: str = ""
 
 
 class Part(Protocol):
@@ -60,9 +65,12 @@ class Part(Protocol):
         """Yield rows [first, stop)."""
 
 
-def make_row(spec: Spec, url: bytes | str | None, captions: Sequence[bytes | str | None], *, sha256: str = "", md5: str = "",
-             columns: Mapping[str, int | float | str | None] | None = None) -> Row:
-    """Judge the texts of one row and find its picture. Empty captions, repeated ones and damaged ones go; the row stays where one is left."""
+def make_row(spec: Spec, url: bytes | str | None, captions: Sequence[bytes | str | None], about: Mapping[str, Any] = {}, /, *,
+             sha256: str = "", md5: str = "", columns: Mapping[str, int | float | str | None] | None = None) -> Row:
+    """Judge the texts of one row and find its picture. Empty captions, repeated ones and damaged ones go; the row stays where one is left.
+
+    about: fields of somebody's JSON, which may hold questions, answers and concept. A row with questions needs no caption.
+    """
     address, is_good = _text(url)
     fate = "bad_text" if not is_good else "" if address.strip() else "no_url"
     image = None
@@ -72,7 +80,28 @@ def make_row(spec: Spec, url: bytes | str | None, captions: Sequence[bytes | str
     texts = [_text(caption) for caption in captions[:MAX_CAPTIONS]]
     good = list(dict.fromkeys(text for text, is_good in texts if is_good and text.strip()))
     damaged = [text for text, is_good in texts if not is_good]
-    return Row(address, good or damaged[:1], image, sha256, md5, columns or {}, fate or ("" if good else "bad_text" if damaged else "no_caption"))
+    asked, wrong = _asked(spec, about)
+    if not good and not asked:
+        good, wrong = damaged[:1], wrong or ("bad_text" if damaged else "no_caption")
+    questions, answers = zip(*asked, strict=True) if asked else ((), ())
+    return Row(address, good, image, sha256, md5, columns or {}, fate or wrong, questions, answers, _clean(spec, about.get("concept")))
+
+
+def _asked(spec: Spec, about: Mapping[str, Any]) -> tuple[list[tuple[str, str]], str]:
+    """Return the questions with their answers, without pairs in which a text is empty or damaged, and bad_questions where it is open what pairs."""
+    questions, answers = (about.get(name) or [] for name in ("questions", "answers"))
+    if not isinstance(questions, list) or not isinstance(answers, list) or len(questions) != len(answers):
+        return [], "bad_questions"
+    pairs = zip(questions[:MAX_CAPTIONS], answers[:MAX_CAPTIONS], strict=True)
+    cleaned = ((_clean(spec, question), _clean(spec, answer)) for question, answer in pairs)
+    return [(question, answer) for question, answer in cleaned if question and answer], ""
+
+
+def _clean(spec: Spec, value: object) -> str:
+    """Return a text as captions are taken, normalised if they are; nothing for what is damaged or no text."""
+    text, is_good = _text(value) if isinstance(value, str) else ("", False)
+    text = normalise(text) if spec.text.normalise else text
+    return text if is_good and text.strip() else ""
 
 
 def find_image(folder: Path, name: str) -> Path | None:
@@ -118,6 +147,11 @@ def find_columns(path: Path, spec: Spec, names: Sequence[str]) -> dict[str, str]
 def compared_columns(spec: Spec) -> frozenset[str]:
     """Columns that conditions compare as numbers: they are numbers then, whatever the file calls them."""
     return frozenset(condition.column for condition in spec.conditions if condition.numeric)
+
+
+def json_kinds(spec: Spec) -> dict[str, Kind]:
+    """Return what the kept columns are where a JSON beside each picture holds them, and promises nothing: texts, but for what conditions compare."""
+    return {name: "float" if name in compared_columns(spec) else "str" for name in spec.kept_columns}
 
 
 def quoted(strange: object) -> str:

@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from flm_scale.config import Section
+from flm_scale.data.sources import Source
+from flm_scale.data.tar import MAX_SAMPLES
 from flm_scale.errors import ConfigError
 
 Preset = Literal["img2dataset", "laion", "re-laion", "laion-coco", "datacomp", "coyo", "cc3m", "cc12m"]
@@ -172,7 +174,8 @@ class Spec(Section):
 
     name: str = Field("prepared", min_length=1)
     split: str = Field("train", pattern=r"^[a-z0-9_]+$")
-    samples_per_shard: int = Field(10_000, ge=1, le=1_000_000)
+    """Of inputs that name none; --input val=PATH does."""
+    samples_per_shard: int = Field(10_000, ge=1, le=MAX_SAMPLES)
     """Rows of the input that make a shard; what is rejected leaves it smaller."""
     input: InputConfig = InputConfig()
     fetch: FetchConfig = FetchConfig()
@@ -181,6 +184,10 @@ class Spec(Section):
     filter: FilterConfig = FilterConfig()
     tokenizer: Path | None = Field(None, strict=False)
     """Model file of the dataset's tokenizer; without one, train it afterwards (flm tokenizer train)."""
+    readme: Path | None = Field(None, strict=False)
+    """What becomes the dataset's README.md; without one, a page with the counts does."""
+    sources: tuple[Source, ...] = Field((), strict=False)
+    """Where the pictures are from, with licences, for dataset.json; only a spec file can hold them."""
 
     @model_validator(mode="after")
     def _conditions_are_read(self) -> Self:
@@ -197,12 +204,20 @@ class Spec(Section):
         """Columns that go along: those asked for and those of conditions, each once."""
         return tuple(dict.fromkeys((*self.input.keep, *(condition.column for condition in self.conditions))))
 
+    def anchored(self) -> "Spec":
+        """Return the same values with absolute paths: workers, and whoever repairs the dataset later, stand in other folders."""
+        given = self.input.model_copy(update={"images": self.input.images and self.input.images.resolve()})
+        rules = self.filter.model_copy(update={"forbidden": self.filter.forbidden and self.filter.forbidden.resolve()})
+        return self.model_copy(update={"input": given, "filter": rules, "tokenizer": self.tokenizer and self.tokenizer.resolve(),
+                                       "readme": self.readme and self.readme.resolve()})
+
     def decisive(self) -> dict[str, Any]:
         """Return every value that decides bytes, files by their sha256, as plain JSON. Raises ConfigError when a file cannot be read."""
         values = self.model_dump(mode="json", exclude={"fetch": {"concurrency"}})
         values["input"]["images"] = self.input.images is not None  # read or fetched; where they lie decides nothing
         values["filter"]["forbidden"] = _file_sha256("filter.forbidden", self.filter.forbidden)
         values["tokenizer"] = _file_sha256("tokenizer", self.tokenizer)
+        values["readme"] = _file_sha256("readme", self.readme)
         return values
 
     @property

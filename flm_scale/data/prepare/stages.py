@@ -36,7 +36,7 @@ BEAT_SECONDS = 1.0
 MAX_STORED_BYTES = MAX_SAMPLE_BYTES - 2 * MAX_JSON_BYTES  # or readers of the shard would reject the sample
 # Words of img2dataset's tables, and one of ours.
 Status = Literal["success", "failed_to_download", "failed_to_resize", "filtered"]
-TEXT_FATES = frozenset({"no_caption", "bad_text"})
+TEXT_FATES = frozenset({"no_caption", "bad_text", "bad_questions"})
 # Columns that the table or the index has anyway: a condition may read an input's of that name, but it does not go along.
 RESERVED = frozenset({"key", "url", "caption", "captions", "questions", "answers", "concept", "status", "error_message", "image_offset",
                       "image_bytes", "width", "height", "original_width", "original_height", "sha256", "original_sha256", "phash"})
@@ -72,10 +72,13 @@ class Verdict(NamedTuple):
 
 
 def plan_work(spec: Spec, inputs: Sequence[Input]) -> list[Work]:
-    """Cut the inputs into shards, in order; no shard has rows of two inputs."""
-    size = spec.samples_per_shard
-    runs = [(source, first, min(first + size, given.rows)) for source, given in enumerate(inputs) for first in range(0, given.rows, size)]
-    return [Work(spec.split, number, *run) for number, run in enumerate(runs)]
+    """Cut the inputs into shards, in order, split by split as they are first named; no shard has rows of two inputs."""
+    size, works = spec.samples_per_shard, list[Work]()
+    for split in dict.fromkeys(given.split for given in inputs):
+        runs = [(source, first, min(first + size, given.rows)) for source, given in enumerate(inputs) if given.split == split
+                for first in range(0, given.rows, size)]
+        works += [Work(split, number, *run) for number, run in enumerate(runs)]
+    return works
 
 
 def prepare_shard(folder: Path, spec: Spec, inputs: Sequence[Input], work: Work, *, attempt: int, skip: Collection[int] = (),
@@ -115,7 +118,8 @@ class _Shard:
 
     def keep(self, folder: Path, shard: Shard, retry: Collection[str]) -> None:
         """Take rows of the table, and their samples, as they are in a shard that was prepared before, unless their fate is to be tried again."""
-        self.kept = {number: row for number, row in enumerate(read_table(folder, shard).to_pylist()) if row["error_message"] not in retry}
+        self.kept = {number: row for number, row in enumerate(read_table(folder, shard).to_pylist())
+                     if row["status"] != "failed_to_download" or row["error_message"] not in retry}
         self.kept_samples = read_samples(folder, shard)
 
     def samples(self) -> Iterator[Sample]:
@@ -180,8 +184,9 @@ class _Shard:
             return [], Verdict("filtered", "no_hash")
         with self._timed("text"):
             captions, fate = keep_captions(row.captions, self.spec.text)
-            fate = column_fate(row.columns, self.spec.conditions) or fate
-            if len(json.dumps([row.url, captions, dict(row.columns)], ensure_ascii=False)) > MAX_ABOUT_BYTES // 4:  # UTF-8 takes up to 4 bytes
+            fate = column_fate(row.columns, self.spec.conditions) or ("" if row.questions else fate)
+            words = [row.url, captions, row.questions, row.answers, row.concept, dict(row.columns)]
+            if len(json.dumps(words, ensure_ascii=False)) > MAX_ABOUT_BYTES // 4:  # UTF-8 takes up to 4 bytes
                 fate = fate or "long_text"
         return captions, Verdict("filtered", fate) if fate else None
 
@@ -213,6 +218,8 @@ class _Shard:
                     return Verdict("filtered", fate, sha256=sha256, original_size=size)
                 fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
                                    quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
+            with self._timed("hash"):
+                phash = perceptual_hash(fitted.data) if self.spec.filter.near_duplicates or forbidden.perceptual else None
         except (DataError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                 raise
@@ -220,10 +227,6 @@ class _Shard:
             return Verdict("failed_to_resize", fate, sha256=sha256, original_size=size)
         if len(fitted.data) > MAX_STORED_BYTES:
             return Verdict("failed_to_resize", "too_large", sha256=sha256, original_size=size)
-        phash = None
-        if self.spec.filter.near_duplicates or forbidden.perceptual:
-            with self._timed("hash"):
-                phash = perceptual_hash(fitted.data)
         if phash in forbidden.perceptual:
             return Verdict("filtered", "forbidden", None, sha256, size, phash)
         return Verdict("success", "success", self._sample(number, row, captions, fitted, sha256, phash), sha256, size, phash)
@@ -234,12 +237,13 @@ class _Shard:
         kept = {name: row.columns[name] for name in self.kinds if name not in RESERVED}
         # A missing score is NaN in the index, where every row of a column has a value; JSON leaves it out.
         scores = {name: math.nan if value is None else float(value) for name, value in kept.items() if self.kinds[name] != "str"}
-        return Sample(key=self._key(number), image=fitted.data, image_format=fitted.image_format, captions=captions, questions=[], answers=[],
-                      concept="", width=fitted.width, height=fitted.height, columns=about | ({} if phash is None else {"phash": phash}) | scores,
+        return Sample(key=self._key(number), image=fitted.data, image_format=fitted.image_format, captions=captions,
+                      questions=list(row.questions), answers=list(row.answers), concept=row.concept, width=fitted.width, height=fitted.height,
+                      columns=about | ({} if phash is None else {"phash": phash}) | scores,
                       extras={"url": row.url} | about | {name: value for name, value in kept.items() if value is not None})
 
     def _key(self, number: int) -> str:
-        """Number samples through the whole split, as img2dataset does."""
+        """Number samples through the whole split, as img2dataset does: another split has the same keys."""
         digits = len(str(self.spec.samples_per_shard - 1))
         return f"{self.work.number * 10**digits + number:0{5 + digits}d}"
 

@@ -95,6 +95,8 @@ def _parquet_kind(path: Path, column: str, kind: "pa.DataType", *, lists: bool) 
     value = kind.value_type if types.is_dictionary(kind) or (lists and (types.is_list(kind) or types.is_large_list(kind))) else kind
     if types.is_string(value) or types.is_binary(value) or types.is_large_string(value) or types.is_large_binary(value):
         return "str"
+    if types.is_uint64(value):
+        return "str"  # may be more than the int64 of our tables holds
     if types.is_integer(value) or types.is_boolean(value):
         return "int"
     if types.is_floating(value):

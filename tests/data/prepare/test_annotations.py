@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from flm_scale.cli import main
 from flm_scale.data.prepare import annotations
+from flm_scale.data.prepare import rows as rows_module
 from flm_scale.data.prepare.inputs import Input, open_inputs
 from flm_scale.data.prepare.rows import Row, TableError
 from flm_scale.data.prepare.spec import FilterConfig, InputConfig, Spec
@@ -60,6 +62,75 @@ def test_a_folder_gives_each_picture_with_the_lines_of_the_text_beside_it(folder
 def test_a_listing_in_a_folder_says_which_pictures_and_groups_what_is_said_of_one(name: str, content: str, folder: Path) -> None:
     (folder / name).write_text(content)
     assert said(open_one(folder, "folder")) == [("b.PNG", ["b", "again"], ""), ("a.jpg", ["one", "two"], "")]
+
+
+OF_FOLDERS = Spec(input=InputConfig(kind="folder"))
+
+
+def listed(folder: Path, *lines: dict[str, Any], spec: Spec = OF_FOLDERS) -> list[Row]:
+    """Rows of a folder whose metadata.jsonl has these lines."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": "a.jpg", **line}) + "\n" for line in lines))
+    return rows(open_inputs(spec, [folder])[0])
+
+
+def test_a_listing_may_hold_questions_with_answers_and_a_concept_and_a_row_that_does_needs_no_caption(folder: Path) -> None:
+    (row,) = listed(folder, {"questions": ["what\nis it?", "is it red?"], "answers": ["a dog", "no"], "concept": " dog"})
+    assert (row.captions, row.questions, row.answers, row.concept, row.fate) == ([], ("what is it?", "is it red?"), ("a dog", "no"), "dog", "")
+    (row,) = listed(folder, {"captions": ["one", "two"], "questions": ["q"], "answers": ["x"], "concept": "c"},
+                    {"captions": ["three"], "questions": ["r"], "answers": ["y"], "concept": "d"})
+    assert (row.captions, row.questions, row.answers, row.concept) == (["one", "two", "three"], ("q", "r"), ("x", "y"), "c")
+
+
+@pytest.mark.parametrize("lines", [
+    [{"questions": ["q", "r"], "answers": ["x"]}], [{"questions": "q", "answers": "x"}], [{"answers": ["x"]}],
+    [{"questions": {"q": 1}, "answers": {"x": 1}}],
+    [{"questions": ["q", "r"], "answers": ["x"]}, {"questions": ["q"], "answers": ["x", "y"]}],  # as many in all
+])
+def test_questions_and_answers_that_do_not_pair_reject_their_row(lines: list[dict[str, Any]], folder: Path) -> None:
+    (row,) = listed(folder, {"captions": ["good"]}, *lines)
+    assert row.fate == "bad_questions"
+
+
+def test_a_question_goes_where_it_or_its_answer_is_empty_damaged_or_no_text_or_one_too_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = listed(folder, {"questions": ["q", " ", "r", 3, "s", "t"], "answers": ["x", "x", "", "x", "x" * 65_537, "y"], "concept": 7})
+    assert (row.questions, row.answers, row.concept, row.fate) == (("q", "t"), ("x", "y"), "", "")
+    (row,) = listed(folder, {"questions": ["q"], "answers": [None]})
+    assert row.fate == "no_caption"
+    (row,) = listed(folder, {"questions": ["\ud800"], "answers": ["x"]})
+    assert row.fate == "bad_json"
+    monkeypatch.setattr(rows_module, "MAX_CAPTIONS", 2)
+    (row,) = listed(folder, {"questions": ["q", "r", "s"], "answers": ["x", "y", "z"]})
+    assert row.questions == ("q", "r")
+
+
+def test_other_fields_of_a_listing_go_along_and_conditions_compare_them(folder: Path) -> None:
+    spec = Spec(input=InputConfig(kind="folder", keep=("license",)), filter=FilterConfig(where=("score>=0.5",)))
+    (row,) = listed(folder, {"text": "x", "license": "MIT", "score": 0.7}, spec=spec)
+    assert row.columns == {"license": "MIT", "score": 0.7}
+    (folder / "metadata.jsonl").unlink()
+    (folder / "captions.csv").write_text("image,caption,license,score\na.jpg,x,MIT,0.7\n")
+    assert rows(open_inputs(spec, [folder])[0]) == [row]
+    (folder / "captions.csv").unlink()
+    with pytest.raises(ConfigError, match=r"name columns \(license, score\); input .* has no metadata\.jsonl or "):
+        open_inputs(spec, [folder])
+
+
+def test_an_input_may_name_its_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "a=b").symlink_to(folder)
+    found = open_inputs(OF_FOLDERS, [Path("pictures"), Path("val=pictures"), Path(f"val={folder}"), folder.parent / "a=b"])
+    assert [(given.split, given.path) for given in found] == [("train", folder), ("val", folder), ("val", folder), ("train", folder)]
+    with pytest.raises(DataError, match=r"none \(of the split test\) does not exist"):
+        open_inputs(OF_FOLDERS, [Path("test=none")])
+
+
+def test_inputs_may_be_named_together_or_each_behind_its_own_option(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--input", f"train={folder}", "val=none"], ["--input", f"train={folder}", "--input", "val=none"],
+                  ["--input", "val=none", "--input", f"train={folder}"]):
+        assert main(["data", "prepare", "--input.kind", "folder", "--output", str(tmp_path / "out"), *words]) == 2
+        assert "none (of the split val) does not exist" in capsys.readouterr().err
+    assert main(["data", "prepare", "--output", str(tmp_path / "out")]) == 2
+    assert "no input is named; add --input PATH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "link.jpg", "http://example.com/..", "\0"])
@@ -134,6 +205,8 @@ def test_shards_give_their_samples_end_to_end_with_their_json(tmp_path: Path) ->
     found = rows(given)
     assert [row.captions for row in found] == [sample.captions for sample in samples] * 2
     assert [row.image for row in found] == [sample.image for sample in samples] * 2
+    assert [(row.questions, row.answers, row.concept) for row in found] == [
+        (tuple(sample.questions), tuple(sample.answers), sample.concept) for sample in samples] * 2
     assert found[7].url == "00001.tar/000002"
     for first in range(10):
         for stop in range(first, 11):
@@ -176,5 +249,5 @@ def test_inputs_that_are_none_are_refused_with_what_to_do(folder: Path) -> None:
                                 (folder / "a.jpg", "folder", "is no folder"), (folder.parent / "empty.csv", "table", "holds no rows")):
         with pytest.raises(DataError, match=message):
             open_one(path, kind)
-    with pytest.raises(ConfigError, match=r"name columns \(similarity\); input\.kind folder has none"):
-        open_inputs(Spec(input=InputConfig(kind="folder"), filter=FilterConfig(where=("similarity>1",))), [folder])
+    with pytest.raises(ConfigError, match=r"name columns \(similarity\); input\.kind coco has none"):
+        open_inputs(Spec(input=InputConfig(kind="coco"), filter=FilterConfig(where=("similarity>1",))), [folder])

@@ -271,15 +271,40 @@ def test_what_readers_of_the_shard_would_reject_is_not_written_into_it(prepared:
             assert prepare(tmp_path / fate, spec, inputs).report["fates"] == {fate: prepared.shard.count}
 
 
-@given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 15))
-def test_a_plan_covers_every_row_once_in_order_and_no_shard_has_two_inputs(rows: list[int], size: int) -> None:
+def test_questions_answers_and_concept_come_into_the_shard_beside_or_without_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    about: list[dict[str, Any]] = [
+        {"captions": ["a dog"]}, {"questions": ["what is it?", "is it red?"], "answers": ["a dog", "no"], "concept": "dog"},
+        {"captions": ["x"], "questions": ["what is it?"], "answers": ["a dog"]}, {"questions": ["why?"], "answers": []}]
+    for number in range(len(about)):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{number}.jpg", **one}) + "\n" for number, one in enumerate(about)))
+    spec = Spec(input=InputConfig(kind="folder"), text=TextConfig(min_characters=3))
+    prepared = prepare(tmp_path / "out", spec, open_inputs(spec, [folder]))
+    assert [row["error_message"] for row in prepared.table] == [None, None, None, "bad_questions"]
+    assert [row["status"] for row in prepared.table][-1] == "filtered"
+    assert list(zip(*index_columns(prepared.folder, prepared.shard, ["captions", "questions", "answers", "concept"]), strict=True)) == [
+        (["a dog"], [], [], ""), ([], ["what is it?", "is it red?"], ["a dog", "no"], "dog"), ([], ["what is it?"], ["a dog"], "")]
+    spec = Spec(input=InputConfig(kind="shards"))
+    again = prepare(tmp_path / "again", spec, open_inputs(spec, [tmp_path / "out/train"]))
+    assert index_columns(again.folder, again.shard, ["captions", "questions", "answers", "concept"]) == index_columns(
+        prepared.folder, prepared.shard, ["captions", "questions", "answers", "concept"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["train", "val"])), max_size=5), st.integers(1, 15))
+def test_a_plan_covers_every_row_once_in_order_split_by_split_and_no_shard_has_two_inputs(inputs: list[tuple[int, str]], size: int) -> None:
     @dataclass
     class Given:
         rows: int
+        split: str
 
-    plan = plan_work(Spec(samples_per_shard=size), [Given(count) for count in rows])  # type: ignore[list-item]
-    assert [(work.source, row) for work in plan for row in range(work.first, work.stop)] == [
-        (source, row) for source, count in enumerate(rows) for row in range(count)]
-    assert [work.number for work in plan] == list(range(len(plan)))
+    plan = plan_work(Spec(samples_per_shard=size), [Given(*one) for one in inputs])  # type: ignore[misc]
+    splits = list(dict.fromkeys(split for _, split in inputs))
+    assert [(work.split, work.source, row) for work in plan for row in range(work.first, work.stop)] == [
+        (split, source, row) for split in splits for source, (count, of) in enumerate(inputs) if of == split for row in range(count)]
+    for split in splits:
+        numbers = [work.number for work in plan if work.split == split]
+        assert numbers == list(range(len(numbers)))
     assert all(0 < work.stop - work.first <= size for work in plan)
     assert Work("train", 7, 0, 0, 1).name == "train/00007.tar"
