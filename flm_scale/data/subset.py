@@ -103,7 +103,8 @@ def read_keys(file: Path) -> Test:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"--keys {file} cannot be read ({error}); give a text with a key a line, or a .npy of sorted uids") from error
     if not isinstance(uids, np.ndarray) or uids.dtype != UIDS or uids.ndim != 1:
-        raise DataError(f"--keys {file} holds {getattr(uids, 'dtype', 'several arrays')} {getattr(uids, 'shape', '')}; DataComp's subset files hold pairs of u8, sorted")
+        found = f"{uids.dtype} {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
+        raise DataError(f"--keys {file} holds {found}; DataComp's subset files hold pairs of u8, sorted")
     for first in range(0, len(uids), CHECKED_AT_ONCE):
         part = uids[first:first + CHECKED_AT_ONCE + 1]
         if _are_before(part[1:], part[:-1]).any():

@@ -25,7 +25,7 @@ from tests.conftest import write_toy
 from tests.data.test_loader import assert_equal, loader_of, toy_run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 100
+STEPS = 250  # long enough to be killed in
 WORDS = ["--text.vocab-size", "200", "--steps", str(STEPS), "--batch.micro-batches", "16"]
 GONE = "flm: the feeders are gone"
 

@@ -136,6 +136,11 @@ def test_a_mixture_is_spread_evenly_and_each_place_is_told_by_the_counter(weight
         assert np.abs(had - np.arange(1, 3001) * weight / sum(weights)).max() <= 2
 
 
+def test_a_weight_however_small_is_a_share() -> None:
+    assert all(mixture_shares([1, 1e-9, 1]))
+    assert all(mixture_shares([1e-9, 1]))
+
+
 def test_a_mixture_has_one_tokenizer(toy_dataset: Dataset, tmp_path: Path) -> None:
     shutil.copytree(toy_dataset.folder, tmp_path / "data")
     other = open_dataset(tmp_path / "data")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flm_scale.data.images import ImageError, decode_image
 from flm_scale.data.prepare.filters import column_fate, keep_captions, language, normalise, perceptual_hash, read_forbidden, size_fate
 from flm_scale.data.prepare.spec import FilterConfig, ImageConfig, Spec, TextConfig
 from flm_scale.errors import ConfigError
@@ -89,3 +90,13 @@ def test_hashes_of_both_kinds_are_read_and_anything_else_is_refused_by_its_line(
     (tmp_path / "wrong").write_text("ab" * 32 + "\n" + "ab" * 16)
     with pytest.raises(ConfigError, match="'abababababababababababababababab' is neither a sha256"):
         read_forbidden(tmp_path / "wrong")
+
+
+def test_a_picture_that_only_the_quicker_decoder_takes_is_one_damaged_picture() -> None:
+    """Pillow stumbles over a cut Adobe segment; a hash must not cost the shard for it."""
+    jpeg = picture(0)
+    odd = jpeg[:2] + b"\xff\xee\x00\x07Adobe" + jpeg[2:]
+    assert decode_image(odd, size=32).shape == (3, 32, 32)
+    with pytest.raises(ImageError, match="cannot be decoded") as found:
+        perceptual_hash(odd)
+    assert found.value.reason == "damaged"

@@ -22,7 +22,7 @@ from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare import finish as module
 from flm_scale.data.prepare.finish import finish
 from flm_scale.data.prepare.inputs import Input, open_inputs
-from flm_scale.data.prepare.rewrite import STAGING, settle
+from flm_scale.data.prepare.rewrite import STAGING, is_whole, settle
 from flm_scale.data.prepare.spec import FilterConfig, InputConfig, Spec
 from flm_scale.data.prepare.stages import plan_work, prepare_shard
 from flm_scale.data.shards import Dataset, open_dataset, read_committed_shard
@@ -196,3 +196,29 @@ def test_the_tokenizer_of_the_spec_becomes_the_datasets(inputs: list[Input], tmp
     ids = TokenIds(opened, "train", Tokenizer(model))
     assert [len(ids[number]) for number in range(9)] == [1] * 9  # a caption each, of the shards without their duplicates
     assert spec.hash != SPEC.hash
+
+
+def test_files_of_one_name_are_no_duplicates_unless_their_bytes_are(tmp_path: Path) -> None:
+    """Two cameras number their pictures alike, and whoever wrote the captions had little to say."""
+    for camera in range(2):
+        (tmp_path / f"camera{camera}").mkdir()
+        for number in range(3):
+            file = tmp_path / f"camera{camera}" / f"{number}.jpg"
+            file.write_bytes(picture(10 * camera + number))
+            file.with_suffix(".txt").write_text("a dog")
+    spec = SPEC.replace(filter=FilterConfig())
+    inputs = open_inputs(spec, [tmp_path / "camera0", tmp_path / "camera1"])
+    dataset = finish(tmp_path / "out", spec, inputs, prepare(tmp_path / "out", inputs, spec))
+    assert dataset.manifest.preparation.fates == {"success": 6}
+
+
+def test_a_shard_with_files_of_two_writers_is_found_and_made_again(inputs: list[Input], before: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(before, tmp_path / "raced")
+    shard = committed(folder, inputs)[0]
+    tar = bytearray((folder / shard.name).read_bytes())
+    tar[700] ^= 1
+    (folder / shard.name).write_bytes(tar)
+    assert [is_whole(folder, one.name) for one in committed(before, inputs)] == [True] * len(committed(before, inputs))
+    assert not is_whole(folder, shard.name)
+    assert read_committed_shard(folder, shard.name) is None
+    assert prepare(folder, inputs) == committed(before, inputs)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions
+from flm_scale.errors import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +120,9 @@ def test_workers_that_never_start_are_an_error_and_not_a_wait(pool: Fleet[Job], 
     options = FleetOptions(workers=2)
     with Fleet(Broken(), options, folder=tmp_path / "notes") as fleet, pytest.raises(FleetError, match=r"no worker starts: .*no such library here"):
         events_of(fleet, [Job("never", tmp_path)])
+
+
+@pytest.mark.parametrize("values", [{"workers": -1}, {"row_seconds": 0.0}, {"memory_gb": 0.0}])
+def test_options_that_no_worker_could_live_with_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="must be 0 or more"):
+        FleetOptions(**values)

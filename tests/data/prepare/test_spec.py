@@ -67,3 +67,18 @@ def test_only_the_withdrawn_dataset_is_warned_of(preset: Preset) -> None:
 def test_a_folder_of_pictures_elsewhere_goes_with_lists_alone() -> None:
     with pytest.raises(ConfigError, match=r"input\.images \(x\) does not go with input\.kind shards"):
         InputConfig(kind="shards", images=Path("x"))
+
+
+def test_what_a_folder_remembers_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers and repairs stand in other folders than the first command did."""
+    (tmp_path / "bad").write_text("")
+    monkeypatch.chdir(tmp_path)
+    spec = Spec(input=InputConfig(images=Path("pictures")), filter=FilterConfig(forbidden=Path("bad")))
+    anchored = spec.anchored()
+    assert (anchored.input.images, anchored.filter.forbidden) == (tmp_path / "pictures", tmp_path / "bad")
+    assert anchored.hash == spec.hash
+
+
+def test_a_shard_holds_no_more_than_its_reader_takes() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 300000"):
+        Spec(samples_per_shard=333_334)
