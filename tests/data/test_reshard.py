@@ -224,7 +224,7 @@ def test_the_command_tells_what_it_made_and_refuses_what_cannot_be(whole: Datase
     assert main([*words, "40"]) == 0
     assert f"{tmp_path / 'out'}: 80 samples in 4 shards (" in capsys.readouterr().out
     assert main([*words, "0"]) == 2
-    assert "--samples-per-shard (0) must be at least 1" in capsys.readouterr().err
+    assert "--samples-per-shard (0) must be 1 to 300000" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         reshard(whole, tmp_path / "other", samples_per_shard=-1)
 

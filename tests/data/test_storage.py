@@ -17,7 +17,7 @@ from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.storage import Range, StorageError, Url, local_copy, read_bytes, read_ranges
 from flm_scale.errors import ConfigError, DataError
 from tests.data.object_store import Proxy, open_store, serve_s3
-from tests.data.server import Server, answer
+from tests.data.prepare.server import Server, answer
 from tests.data.test_loader import assert_equal, loader_of, parts_of, toy_run
 from tests.test_train import lines_of, train
 

@@ -218,7 +218,7 @@ def test_a_shard_with_files_of_two_writers_is_found_and_made_again(inputs: list[
     tar = bytearray((folder / shard.name).read_bytes())
     tar[700] ^= 1
     (folder / shard.name).write_bytes(tar)
-    assert [is_whole(folder, one.name) for one in committed(before, inputs)] == [True] * len(committed(before, inputs))
+    assert [is_whole(before, one.name) for one in committed(before, inputs)] == [True] * len(committed(before, inputs))
     assert not is_whole(folder, shard.name)
     assert read_committed_shard(folder, shard.name) is None
     assert prepare(folder, inputs) == committed(before, inputs)

@@ -80,5 +80,5 @@ def test_what_a_folder_remembers_holds_from_anywhere(tmp_path: Path, monkeypatch
 
 
 def test_a_shard_holds_no_more_than_its_reader_takes() -> None:
-    with pytest.raises(ValueError, match="less than or equal to 300000"):
+    with pytest.raises(ConfigError, match="less than or equal to 300000"):
         Spec(samples_per_shard=333_334)
