@@ -114,7 +114,7 @@ def test_feeders_that_die_and_hang_are_replaced_and_then_a_lost_node_leaves_the_
     for signal_number, reason in ((signal.SIGKILL, "its process died"), (signal.SIGSTOP, "has not answered after 4 s")):
         os.kill(wait_until(lambda: feeders_below(psutil.Process()))[0].pid, signal_number)
         assert_equal(local.next_step(), fed.next_step())
-        wait_until(lambda reason=reason: f"is replaced: {reason}" in capfd.readouterr().err, seconds=5)
+        wait_until(lambda reason=reason: f"is replaced: {reason}" in capfd.readouterr().err, seconds=60)
     cluster.remove_node(data_node, allow_graceful=False)
     said, limit = "", time.monotonic() + 120
     while GONE not in said:  # what is under way comes first
