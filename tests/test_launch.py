@@ -199,7 +199,9 @@ def test_a_ray_job_on_two_nodes_gives_the_losses_of_one_process_and_ends_with_a_
     def start(run_dir: Path, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "cluster/ray/pretrain.py", "--workers", "2", "--on-cpu", "--run-dir", str(run_dir),
                    *words(toy_dataset, "--parallel.engine", "deepspeed", *more)]
-        return subprocess.Popen(command, cwd=ROOT, env=ENVIRON | {"RAY_ADDRESS": cluster.address}, stderr=subprocess.PIPE, text=True)
+        # A Ray that this process has started before may have switched on authentication, for the cluster too.
+        auth = {"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRON | {"RAY_ADDRESS": cluster.address} | auth, stderr=subprocess.PIPE, text=True)
 
     try:
         with start(tmp_path / "whole") as job:
