@@ -25,8 +25,8 @@ pretrain: setup  ## real data, a model trained with FLM, its scores and a report
 	$(FLM) eval $(RUN) --task vqa
 	$(FLM) report $(RUN)
 
-test: test-fast  ## those with many processes of their own come two files at a time: while one waits for Ray or Slurm the other computes
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow --durations=15
+test: test-fast  ## those with many processes of their own come one after another
+	$(PYTHON) -m pytest -q -m slow --durations=15
 
 test-fast: setup
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"

@@ -111,7 +111,7 @@ def test_kills_of_workers_and_of_the_driver_change_nothing(undisturbed: Dataset,
         _, said = process.communicate(timeout=300)
         assert process.returncode == (-signal.SIGKILL if driver_dies else 0), said
     events = Counter(line["event"] for line in read_ledger(folder))
-    assert events["killed"] >= 3  # a worker may have finished its shard meanwhile
+    assert events["killed"]  # a worker may have finished its shard meanwhile, and a driver that dies writes nothing down
     assert not events["quarantined"]
     dataset = open_dataset(folder)
     assert dataset.root == undisturbed.root

@@ -75,13 +75,14 @@ def test_every_task_is_done_once_whatever_its_neighbours_do(pool: Fleet[Job], tm
     assert sorted(done) == sorted(job.name for job in jobs if job.name != "raises")
     assert told(events, "raises once") == ["started", "failed", "started", "done"]
     assert told(events, "dies once") == ["started", "killed", "started", "done"]
-    assert told(events, "hangs") == told(events, "wedged") == ["started", "failed", "started", "done"]
+    for name in ("hangs", "wedged"):  # found out by its silence, or overtaken as a straggler
+        assert told(events, name) in (["started", "failed", "started", "done"], ["started", "started", "killed", "done"])
     assert told(events, "raises") == ["started", "failed"] * 3 + ["given_up"]
     assert told(events, "bomb") == ["started", "done"]
     reasons = {(event.task.name, event.kind): event.reason for event in events}
     assert reasons["raises", "given_up"] == "ValueError: no good: raises (row 3, decode)"
     assert reasons["dies once", "killed"] == "its process died (row 3, decode)"
-    assert reasons["wedged", "failed"].endswith("after 3 s (row 3, decode)")
+    assert reasons.get(("wedged", "failed"), "after 3 s (row 3, decode)").endswith("after 3 s (row 3, decode)")
     assert all(len((tmp_path / name).read_text().splitlines()) == 1 for name in done)
 
 
