@@ -3,10 +3,11 @@
 import asyncio
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.data.loopback import Loopback
 
 BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 SERVE = """
@@ -30,59 +31,35 @@ def serve_s3() -> Iterator[int]:
             server.kill()
 
 
-class Proxy:
-    """Passes requests on, in a thread of its own; when it is told to, answers some with 503 and cuts others in the middle of the answer."""
+class Proxy(Loopback):
+    """Passes requests on; when it is told to, answers some with 503 and cuts others in the middle of the answer."""
 
     def __init__(self, to_port: int) -> None:
-        self.to_port, self.requests, self.faults, self.busy_every, self.cut_every, self.delay_seconds = to_port, [], 0, 0, 0, 0.0
+        self.to_port = to_port
         self.store: Any = None  # the way around
-        self.loop, started = asyncio.new_event_loop(), threading.Event()
-        self.thread = threading.Thread(target=self._run, args=(started,), daemon=True)
-        self.thread.start()
-        assert started.wait(10)
+        self.reset()
+        super().__init__()
 
-    def _run(self, started: threading.Event) -> None:
-        async def serve() -> None:
-            self.stopping = asyncio.Event()
-            server = await asyncio.start_server(self._pass_on, "127.0.0.1", 0, backlog=512)
-            self.port = server.sockets[0].getsockname()[1]
-            started.set()
-            await self.stopping.wait()
-            server.close()
-            answers = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in answers:
-                task.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
-            await asyncio.sleep(0)  # closed transports let go of their sockets
-
-        self.loop.set_exception_handler(lambda *_: None)  # clients that hang up
-        self.loop.run_until_complete(serve())
-
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            self.requests.append(head.decode("latin-1"))
-            number = len(self.requests)
-            await asyncio.sleep(self.delay_seconds)
-            if self.busy_every and number % self.busy_every == 0:
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.requests.append(head.decode("latin-1"))
+        number = len(self.requests)
+        await asyncio.sleep(self.delay_seconds)
+        if self.busy_every and number % self.busy_every == 0:
+            self.faults += 1
+            writer.write(BUSY)
+        else:
+            there, to_there = await asyncio.open_connection("127.0.0.1", self.to_port)
+            to_there.write(head.removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
+            try:
+                answer = await there.read()
+            finally:
+                to_there.close()
+            if self.cut_every and number % self.cut_every == 0:
                 self.faults += 1
-                writer.write(BUSY)
-            else:
-                there, to_there = await asyncio.open_connection("127.0.0.1", self.to_port)
-                to_there.write(head.removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
-                try:
-                    answer = await there.read()
-                finally:
-                    to_there.close()
-                if self.cut_every and number % self.cut_every == 0:
-                    self.faults += 1
-                    answer = answer[:-len(answer) // 3]
-                writer.write(answer)
-            await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
+                answer = answer[:-len(answer) // 3]
+            writer.write(answer)
+        await writer.drain()
 
     def asked_for(self, name: str) -> int:
         """Return how many requests named a file."""
@@ -91,11 +68,6 @@ class Proxy:
     def reset(self) -> None:
         """Behave, and forget what was asked."""
         self.requests, self.faults, self.busy_every, self.cut_every, self.delay_seconds = [], 0, 0, 0, 0.0
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.stopping.set)
-        self.thread.join(10)
-        self.loop.close()
 
 
 def open_store(port: int) -> Any:

@@ -7,7 +7,6 @@ import asyncio
 import gzip
 import io
 import struct
-import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
+
+from tests.data.loopback import Loopback
+from tests.data.prepare.server import NOT_FOUND, answer, redirect
 
 PICTURES = 40
 COPY_EVERY = 97
@@ -52,23 +54,19 @@ def bomb_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def answer(body: bytes, *headers: str, status: str = "200 OK", kind: str = "image/jpeg") -> bytes:
-    head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", f"Content-Type: {kind}", "Connection: close", *headers])
-    return head.encode() + b"\r\n\r\n" + body
-
-
-class Crawl:
-    """`rows` addresses; a context manager that serves them from a thread."""
+class Crawl(Loopback):
+    """`rows` addresses; a context manager, which stops serving them at its end."""
 
     def __init__(self, rows: int, *, width: int = 160, height: int = 120) -> None:
         self.rows, self.requests, self.is_down = rows, Counter[str](), False
         self._pictures = [picture(number, width=width, height=height) for number in range(min(PICTURES, rows))]
         whole = self._pictures[0]
         self._hostile = {
-            "not found": answer(b"gone", status="404 Not Found"), "endless": b"", "redirect loop": b"", "hangs up": b"",
-            "pdf": answer(b"%PDF-1.7 and so on"), "truncated": answer(whole[: len(whole) // 2]), "huge png": answer(bomb_png(), kind="image/png"),
+            "not found": NOT_FOUND, "endless": b"", "redirect loop": b"", "hangs up": b"",
+            "pdf": answer(b"%PDF-1.7 and so on"), "truncated": answer(whole[: len(whole) // 2], kind="image/jpeg"), "huge png": answer(bomb_png()),
             "gzip bomb": answer(gzip.compress(bytes(5_000_000)), "Content-Encoding: gzip"), "html": answer(b"<html>gone</html>", kind="text/html"),
         }
+        super().__init__()
 
     def kind(self, row: int) -> str:
         """What is wrong with a row, or nothing; `copy` for a copy of the row before it."""
@@ -91,53 +89,26 @@ class Crawl:
         return file
 
     def __enter__(self) -> Self:
-        self._stopping, self._loop, self._started = asyncio.Event(), asyncio.new_event_loop(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        assert self._started.wait(10)
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join(10)
-        self._loop.close()
+        self.stop()
 
-    def _run(self) -> None:
-        async def serve() -> None:
-            server = await asyncio.start_server(self._answer, "127.0.0.1", 0, backlog=1024)
-            self.port = server.sockets[0].getsockname()[1]
-            self._started.set()
-            await self._stopping.wait()
-            server.close()
-            answers = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in answers:
-                task.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
-            await asyncio.sleep(0)  # closed transports let go of their sockets
-
-        self._loop.set_exception_handler(lambda *_: None)  # clients that hang up
-        self._loop.run_until_complete(serve())
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
-            self.requests[path] += 1
-            row = int(path.strip("/").removesuffix(".jpg"))
-            match kind := "hangs up" if self.is_down else self.kind(row):
-                case "endless":
-                    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n")
-                    while not writer.is_closing():
-                        writer.write(b"x")
-                        await writer.drain()
-                        await asyncio.sleep(0.1)
-                case "redirect loop":
-                    writer.write(answer(b"", f"Location: {path}", status="302 Found"))
-                case "" | "copy":
-                    writer.write(answer(self.image(row)))
-                case _:
-                    writer.write(self._hostile[kind])
-            await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            writer.close()
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+        self.requests[path] += 1
+        row = int(path.strip("/").removesuffix(".jpg"))
+        match kind := "hangs up" if self.is_down else self.kind(row):
+            case "endless":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n")
+                while not writer.is_closing():
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.1)
+            case "redirect loop":
+                writer.write(redirect(path))
+            case "" | "copy":
+                writer.write(answer(self.image(row), kind="image/jpeg"))
+            case _:
+                writer.write(self._hostile[kind])
+        await writer.drain()

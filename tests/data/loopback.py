@@ -1,0 +1,52 @@
+"""A server on loopback in a thread of its own; what it answers is a subclass's."""
+
+import asyncio
+import ssl
+import threading
+
+
+class Loopback:
+    """Serves from when it is made until `stop`; `port` is where."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
+        self._loop, started = asyncio.new_event_loop(), threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
+        self._thread.start()
+        assert started.wait(10)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one connection."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(10)
+        self._loop.close()
+
+    def _run(self, started: threading.Event) -> None:
+        async def serve() -> None:
+            self._stopping = asyncio.Event()
+            server = await asyncio.start_server(self._answer, "127.0.0.1", 0, ssl=self.tls, backlog=1024)
+            self.port = server.sockets[0].getsockname()[1]
+            started.set()
+            await self._stopping.wait()
+            server.close()
+            answers = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in answers:
+                task.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
+            await asyncio.sleep(0)  # closed transports let go of their sockets
+
+        self._loop.set_exception_handler(lambda *_: None)  # clients that hang up
+        self._loop.run_until_complete(serve())
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self.answer(reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            if writer.transport.get_write_buffer_size():
+                writer.transport.abort()
+            writer.close()
