@@ -222,8 +222,7 @@ def _spec_of(words: Sequence[str]) -> Spec:
     except OSError as error:
         raise ConfigError(f"--spec {named[-1]} cannot be read ({error.strerror}); correct the path") from error
     except ValidationError as error:
-        lines = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
-        raise ConfigError(f"--spec {named[-1]}: {lines}; correct the file") from error
+        raise ConfigError(f"--spec {named[-1]}: {error.errors()[0]['msg']}; correct the file") from error
 
 
 def _exit(is_whole: bool) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from flm_scale.data.derive import Advance, Rewriter, Task, derive, in_order
 from flm_scale.data.images import on_white, read_header
-from flm_scale.data.index import Index
+from flm_scale.data.index import Index, read_index
 from flm_scale.data.manifest import Derivation, Shard, Shards
 from flm_scale.data.shards import Dataset
 from flm_scale.errors import ConfigError
@@ -84,7 +84,7 @@ class Scorer:
 def _score_shard(rewriter: Rewriter, shard: Shard, scorer: Scorer, advance: Advance) -> tuple[Shard, dict[str, int]]:
     import pyarrow as pa
 
-    batch = rewriter.read(shard)
+    batch = read_index(rewriter.parent.folder, shard)
     captions, scores, undecoded = iter(batch.column("captions").to_pylist()), [np.zeros(0, np.float32)], 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow warns of, an odd animation or profile, is not ours to print for every file

@@ -392,7 +392,8 @@ def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
 
 def step_keys(run: Run, *, step: int) -> list[str]:
     """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
-    datasets = open_mixture(run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash=""))
+    run = run.replace(data=run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash="", workers=0))  # no picture is read
+    datasets = open_mixture(run.data)
     tokenizer = Tokenizer(datasets[0].tokenizer_file)
     objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
     loader = Loader(run, datasets, tokenizer, objective)

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from flm_scale.data.demo import EASY_VQA, read_easy_vqa, train_dataset_tokenizer
 from flm_scale.data.manifest import DATASET
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
-from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.sidecars import give_tokenizer
+from flm_scale.data.tokens import train_tokenizer
 from flm_scale.errors import DataError
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is no claim
@@ -53,9 +53,7 @@ def write_toy(folder: Path, *, bad: frozenset[int] = frozenset()) -> Dataset:
                             splits={"train": samples[:64], "val": samples[64:72], "test": samples[72:]})
     texts = (text for sample in samples for text in sample.captions + sample.questions)
     train_tokenizer(texts, vocab_size=80, model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     return open_dataset(folder)
 
 

@@ -25,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from flm_scale.data import images, tar
+from flm_scale.data.prepare.worker import limit_memory
 from flm_scale.errors import DataError
 from tests.data.hostile import Unseekable, encoded, hostile_files, jpeg, member, pax, png, shard
 
@@ -165,7 +166,7 @@ def seeds() -> dict[str, list[bytes]]:
 def fuzz(*, minutes: float = 10.0, seed: int = 0, findings: Path = Path("fuzz-findings")) -> int:
     """Fuzz for so many minutes."""
     console, rng = Console(), random.Random(seed)
-    images.limit_memory(4 * 1024**3)
+    limit_memory(4 * 1024**3)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"over {LIMIT_SECONDS} s")))
     warnings.simplefilter("error")
     pool, reached = seeds(), {kind: frozenset[int]() for kind in CHECKS}

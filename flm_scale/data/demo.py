@@ -19,9 +19,9 @@ from flm_scale.data.prepare.fleet import FleetOptions
 from flm_scale.data.prepare.ledger import FOLDER
 from flm_scale.data.prepare.spec import FilterConfig, ImageConfig, InputConfig, Spec, TextConfig
 from flm_scale.data.shards import UNFINISHED, Dataset, make_room, open_dataset
-from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.sidecars import give_tokenizer
 from flm_scale.data.sources import Material, Package, Source, fetch, members
-from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.tokens import train_tokenizer
 from flm_scale.errors import DataError
 
 EASY_VQA = Package("pip", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f", "MIT")
@@ -117,11 +117,9 @@ def train_dataset_tokenizer(folder: Path, *, vocab_size: int) -> str:
     index = dataset.index("train")
     fresh = dataset.tokenizer_file.with_suffix(".new")
     train_tokenizer(chain.from_iterable(chain(index.captions, index.questions, index.answers)), vocab_size=vocab_size, model_file=fresh)
-    tokenizer = Tokenizer(fresh)
     dataset.drop_tokenizer()
     fresh.replace(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    tokenizer = give_tokenizer(dataset)
     return f"{dataset.tokenizer_file}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint[:12]}"
 
 

@@ -5,7 +5,6 @@ made in it. The same parent and values give the same root.
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 import sys
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from flm_scale.data.index import map_index, write_arrow
+from flm_scale.data.index import write_arrow
 from flm_scale.data.manifest import DATASET, Derivation, Manifest, Shard, replaced, stats_name
 from flm_scale.data.shards import UNFINISHED, Dataset, check_room, commit_shard, open_dataset, read_committed_shard, seal_dataset
-from flm_scale.data.sidecars import read_sidecar, write_ids, write_sidecars
+from flm_scale.data.sidecars import give_tokenizer, read_sidecar, write_ids
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 
@@ -84,32 +84,15 @@ class Rewriter:
         self.parent, self.folder = parent, folder
         self._tokenizer = Tokenizer(parent.tokenizer_file) if parent.tokenizer_fingerprint else None
 
-    def read(self, shard: Shard) -> "pa.RecordBatch":
-        """Map the parent's index and look at every value: offsets of a stranger's file may lead anywhere. Raises DataError."""
-        import pyarrow as pa
-
-        batch = map_index(self.parent.folder, shard)
-        try:
-            batch.validate(full=True)
-            if not batch.column("key").null_count:
-                return batch
-            problem = "a key is missing"
-        except pa.ArrowException as error:
-            problem = str(error).partition("\n")[0]
-        raise DataError(f"index {shard.index_name} of {self.parent.folder} cannot be read ({problem}); restore the file or build the dataset again")
-
     def write(self, shard: Shard, batch: "pa.RecordBatch", *, counts: Mapping[str, int], rows: np.ndarray | None = None) -> Shard:
         """Commit a shard and return its entry. batch: its index.   rows: of the parent's index that are in it, in order; None for all."""
         for name in [shard.name, shard.table_name] if shard.table_sha256 else [shard.name]:
             _link(self.parent.writable_folder / name, self.folder / name)
-        file = self.folder / shard.index_name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(file) as part:
-            write_arrow(part, batch)
-            data = part.read_bytes()
         captions = int(np.diff(batch.column("captions").offsets.to_numpy()).sum())
-        entry = shard.model_copy(update={"count": batch.num_rows, "captions": captions, "index_bytes": len(data),
-                                         "index_sha256": hashlib.sha256(data).hexdigest()})
+        with replaced(self.folder / shard.index_name) as part:
+            write_arrow(part, batch)
+            entry = shard.model_copy(update={"count": batch.num_rows, "captions": captions, "index_bytes": part.stat().st_size,
+                                             "index_sha256": file_sha256(part)})
         if self._tokenizer:
             ids = read_sidecar(self.parent.folder, shard, self._tokenizer)
             write_ids(self.folder, entry, self._tokenizer, ids if rows is None else ids.take(rows))
@@ -184,8 +167,7 @@ def _seal(parent: Dataset, folder: Path, step: Derivation, shards: Mapping[str, 
     if manifest.tokenizer:
         with replaced(dataset.tokenizer_file) as part:
             shutil.copyfile(parent.tokenizer_file, part)
-        write_sidecars(dataset, Tokenizer(dataset.tokenizer_file))
-        dataset.set_tokenizer(manifest.tokenizer.fingerprint, manifest.tokenizer.vocab_size)
+        give_tokenizer(dataset)
     if any((folder / shard.name).is_symlink() for of_split in shards.values() for shard in of_split):
         print(f"{folder}: its tars are symbolic links, because the file system gives them no second name; keep {parent.folder}", file=sys.stderr)
     print(f"{folder}: {sum(split.images for split in dataset.manifest.splits.values()):,} samples in {len(dataset.shards()):,} shards "

@@ -9,12 +9,10 @@ Both ways scale with the same antialiased bicubic filter. docs/data.md, Pixels, 
 """
 
 import io
-import resource
 import struct
 import warnings
 from collections.abc import Callable
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -203,13 +201,6 @@ def codec_versions() -> dict[str, str]:
 
     bundled = {f"pillow {name}": str(features.version(name)) for name in ("libjpeg_turbo", "webp", "zlib")}
     return {"simplejpeg": simplejpeg.__version__, "torch": torch.__version__, "pillow": __version__} | bundled
-
-
-def limit_memory(more_bytes: int) -> None:
-    """Let this process grow by so much and no further: what needs more ends in an error. Decoders come first, because torch maps gigabytes."""
-    codec_versions()
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + more_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def _decode(data: bytes, header: Header, part: Part, *, width: int, height: int) -> NDArray[np.uint8]:

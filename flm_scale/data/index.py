@@ -74,6 +74,19 @@ def map_index(folder: Path | Url, shard: Shard) -> "pa.RecordBatch":
     raise _unreadable(folder, shard, problem)
 
 
+def read_index(folder: Path | Url, shard: Shard) -> "pa.RecordBatch":
+    """Map the index of a shard and look at every value: offsets of a stranger's file may lead anywhere. Raises DataError."""
+    import pyarrow as pa
+
+    batch = map_index(folder, shard)
+    try:
+        for column in batch.columns:
+            _checked(column)
+    except pa.ArrowException as error:
+        raise _unreadable(folder, shard, str(error).partition("\n")[0]) from error
+    return batch
+
+
 def index_columns(folder: Path | Url, shard: Shard, names: Sequence[str]) -> list[list[Any]]:
     """Return whole columns of a shard's index; of a shard without a picture, which has no optional ones, empty ones. Raises DataError."""
     import pyarrow as pa

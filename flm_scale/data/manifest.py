@@ -27,10 +27,12 @@ NAME = r"^[a-z0-9_]+/\d{5,}\.tar$"
 
 @contextmanager
 def replaced(file: Path, attempt: int = 0) -> Iterator[Path]:
-    """Give a temporary name to write under; then the file is flushed to the disk, gets its own name in one step, and that is flushed too.
+    """Make the folder and give a temporary name to write under; then the file is flushed to the disk, gets its own name in one step, and that is
+    flushed too.
 
     attempt: stands in the temporary name, so that two writers of one file do not meet.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{attempt}.part")
     yield part
     _flush(part)

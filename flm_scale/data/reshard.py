@@ -16,6 +16,7 @@ from flm_scale.data.index import Index, ShardCache, map_index, write_arrow
 from flm_scale.data.manifest import Derivation, Shard, index_name, replaced
 from flm_scale.data.order import keyed_integers, keyed_number
 from flm_scale.data.shards import Dataset, commit_shard
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import BLOCK, MAX_SAMPLE_BYTES, MAX_SAMPLES, RECORD, list_members
 from flm_scale.errors import ConfigError, DataError
 
@@ -143,12 +144,9 @@ def _write_shard(out: Path, name: str, samples: Samples, places: range, seed: in
     numbers = np.arange(places.start, places.stop)
     if seed is not None:
         numbers = shuffled(numbers, len(samples), key=f"reshard/{seed}/{samples.split}")
-    tar, index = out / name, out / index_name(name)
-    for parent in (tar.parent, index.parent):
-        parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {}
     digest, size = hashlib.sha256(), 0
-    with ThreadPoolExecutor(READERS) as pool, replaced(tar) as part, part.open("wb") as stream:
+    with ThreadPoolExecutor(READERS) as pool, replaced(out / name) as part, part.open("wb") as stream:
         for blocks, picture, row in in_order(pool, samples.__getitem__, numbers.tolist(), ahead=2 * READERS):
             if row["key"] in rows:
                 raise DataError(f"dataset {samples.folder} has the key '{row['key']}' twice, and a shard cannot; choose other --samples-per-shard")
@@ -159,10 +157,9 @@ def _write_shard(out: Path, name: str, samples: Samples, places: range, seed: in
         end = bytes(2 * BLOCK + -(size + 2 * BLOCK) % RECORD)
         size += stream.write(end)
         digest.update(end)
-    with replaced(index) as part:
+    with replaced(out / index_name(name)) as part:
         write_arrow(part, pa.RecordBatch.from_pylist(list(rows.values()), schema=samples.schema))
-        data = part.read_bytes()
-    entry = Shard(name=name, count=len(rows), captions=sum(len(row["captions"]) for row in rows.values()), bytes=size, sha256=digest.hexdigest(),
-                  index_bytes=len(data), index_sha256=hashlib.sha256(data).hexdigest())
+        entry = Shard(name=name, count=len(rows), captions=sum(len(row["captions"]) for row in rows.values()), bytes=size,
+                      sha256=digest.hexdigest(), index_bytes=part.stat().st_size, index_sha256=file_sha256(part))
     commit_shard(out, entry, {"counts": {}})
     return entry, {}

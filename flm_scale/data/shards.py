@@ -32,7 +32,7 @@ from flm_scale.data.manifest import (
     stats_name,
 )
 from flm_scale.data.sources import Source
-from flm_scale.data.storage import Url, local_copy, locate, open_stream, size_of
+from flm_scale.data.storage import Url, file_sha256, local_copy, locate, size_of
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
 from flm_scale.errors import DataError
@@ -76,24 +76,21 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], *, table: "C
     """
     from pyarrow import parquet
 
-    tar, index = folder / name, folder / index_name(name)
-    for parent in (tar.parent, index.parent):
-        parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with replaced(tar, attempt) as part:
+    with replaced(folder / name, attempt) as part:
         _write_tar(part, samples, rows)
         pictures = (member for member in list_members(part) if member.extension in PICTURES)  # places are read back, not calculated
         for row, picture in zip(rows, pictures, strict=True):
             row |= {"image_offset": picture.offset, "image_bytes": picture.size}
-        size, sha256 = part.stat().st_size, _file_sha256(part)
-    with replaced(index, attempt) as part:
+        size, sha256 = part.stat().st_size, file_sha256(part)
+    with replaced(folder / index_name(name), attempt) as part:
         write_index(part, rows, rows[0]["columns"] if rows else ())
         entry = Shard(name=name, count=len(rows), captions=sum(len(row["captions"]) for row in rows), bytes=size, sha256=sha256,
-                      index_bytes=part.stat().st_size, index_sha256=_file_sha256(part))
+                      index_bytes=part.stat().st_size, index_sha256=file_sha256(part))
     if table:
         with replaced(folder / entry.table_name, attempt) as part:
             parquet.write_table(table(), part)
-            entry = entry.model_copy(update={"table_bytes": part.stat().st_size, "table_sha256": _file_sha256(part)})
+            entry = entry.model_copy(update={"table_bytes": part.stat().st_size, "table_sha256": file_sha256(part)})
     if stats:
         commit_shard(folder, entry, stats(), attempt=attempt)
     return entry
@@ -320,7 +317,7 @@ def file_problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
                 continue
             if actual != size:
                 yield f"shard {name} has {actual} bytes; the manifest states {size}"
-            elif hashes and (digest := _file_sha256(file)) != sha256:
+            elif hashes and (digest := file_sha256(file)) != sha256:
                 yield f"shard {name} has the sha256 {digest[:12]}; the manifest states {sha256[:12]}"
     yield from _tokenizer_problems(dataset)
 
@@ -334,8 +331,3 @@ def _tokenizer_problems(dataset: Dataset) -> Iterator[str]:
             return
         if fingerprint != dataset.tokenizer_fingerprint:
             yield f"{TOKENIZER} has the fingerprint {fingerprint[:12]}; the manifest states {dataset.tokenizer_fingerprint[:12]}"
-
-
-def _file_sha256(file: Path | Url) -> str:
-    with open_stream(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -174,9 +174,7 @@ def write_ids(folder: Path, shard: Shard, tokenizer: Tokenizer, ids: Ids, *, att
     import pyarrow as pa
 
     metadata = {**_binding(shard, tokenizer), "content": ids.content}
-    file = folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(file, attempt) as part:
+    with replaced(folder_of(folder, tokenizer.fingerprint) / shard.sidecar_name, attempt) as part:
         write_arrow(part, pa.RecordBatch.from_arrays([ids.column], schema=pa.schema([("ids", ids.column.type)], metadata=metadata)))
 
 
@@ -198,6 +196,14 @@ def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: Tokenizer) -> Ids:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = str(error).partition("\n")[0]
     raise _unusable(folder, f"token ids {file.relative_to(folder)} cannot be read ({problem})")
+
+
+def give_tokenizer(dataset: Dataset) -> Tokenizer:
+    """Write the token ids of the file tokenizer.model, and only then register it: a kill in between leaves a dataset that opens."""
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    return tokenizer
 
 
 def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.cpu_count() or 1) -> None:

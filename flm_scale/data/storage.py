@@ -86,6 +86,12 @@ def open_stream(file: Path | Url) -> io.BufferedReader:
     return io.BufferedReader(_Stream(file), STREAMED_AT_ONCE) if isinstance(file, Url) else file.open("rb")
 
 
+def file_sha256(file: Path | Url) -> str:
+    """Return the hash of a file's bytes, as hexadecimal digits. Raises as `read_bytes`."""
+    with open_stream(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     """Return some parts of files of one store, asked for all at once; less of those that reach behind their file's end. Raises as `read_bytes`."""
     found: dict[Range, bytes] = {part: b"" for part in ranges if not part.size}

@@ -1,6 +1,5 @@
 """Which samples of a dataset are kept: by the numbers of its index, by the captions, by a list of keys. No picture is read or written."""
 
-import hashlib
 import operator
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flm_scale.data.derive import Advance, Rewriter, Task, derive
+from flm_scale.data.index import read_index
 from flm_scale.data.manifest import Derivation, Shard
 from flm_scale.data.shards import Dataset
+from flm_scale.data.storage import file_sha256
 from flm_scale.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ def filter_dataset(dataset: Dataset, out: Path, *, where: Sequence[str] = (), ke
         raise ConfigError("flm data filter: say which samples to keep: --where, --keys or --captions-at-least")
     values: dict[str, Any] = {"all_of": sorted(tests)}
     if keys:
-        with keys.open("rb") as stream:
-            values["keys_sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        values["keys_sha256"] = file_sha256(keys)
     rewriter = Rewriter(dataset, out)
     tasks = {split: [Task(shard.name, shard.count, partial(_filter_shard, rewriter, shard, tests)) for shard in dataset.shards(split)]
              for split in dataset.splits}
@@ -57,7 +57,7 @@ def _filter_shard(rewriter: Rewriter, shard: Shard, tests: dict[str, Test], adva
 
     if not shard.count:  # its index has no optional columns
         return None, dict.fromkeys(tests, 0)
-    batch = rewriter.read(shard)
+    batch = read_index(rewriter.parent.folder, shard)
     try:
         found = {name: test(batch) for name, test in tests.items()}
     except ConfigError as error:

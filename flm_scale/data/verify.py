@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
-from flm_scale.data.index import index_columns, map_index
+from flm_scale.data.index import map_index, read_index
 from flm_scale.data.manifest import Shard
 from flm_scale.data.shards import PICTURES, Dataset, file_problems
 from flm_scale.data.sidecars import TokenIds
@@ -33,7 +33,8 @@ def _contradiction(dataset: Dataset, shard: Shard, *, fast: bool) -> str:
         if fast:
             map_index(folder, shard)
             return ""
-        stated = list(zip(*index_columns(folder, shard, ["key", "image_offset", "image_bytes"]), strict=True))
+        index = read_index(folder, shard)
+        stated = list(zip(*(index.column(name).to_pylist() for name in ("key", "image_offset", "image_bytes")), strict=True))
         file = folder / shard.name
         with nullcontext(file) if isinstance(file, Path) else open_stream(file) as source:
             members = list_members(source, expected_bytes=shard.bytes, expected_count=None if is_subset else shard.count)

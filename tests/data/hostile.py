@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flm_scale.data.images import decode_image, fit_image, limit_memory, read_header
+from flm_scale.data.images import decode_image, fit_image, read_header
+from flm_scale.data.prepare.worker import limit_memory
 from flm_scale.data.tar import list_members, read_json, read_shard
 from flm_scale.errors import DataError
 from tests.data.prepare.hostile_tables import annotation_files, csv_files, meet_table, parquet_files

@@ -19,7 +19,7 @@ MEGABYTES = {"image: png of 4,000 x 4,000 transparent pixels": 160, "image: jpeg
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """How each file ended, in one process with an address space of 2 GB."""
+    """How each file ended, in one process with 2 GB of its own."""
     Path(TRAP).unlink(missing_ok=True)
     command = [sys.executable, "-W", "error", "-m", "tests.data.hostile", str(tmp_path_factory.mktemp("hostile"))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

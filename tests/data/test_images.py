@@ -267,9 +267,11 @@ def test_bytes_do_not_depend_on_the_instructions_that_the_cpu_has(tmp_path: Path
 OUT_OF_MEMORY = """
 import io
 from PIL import Image
-from flm_scale.data.images import ImageError, decode_image, limit_memory
+from flm_scale.data.images import ImageError, codec_versions, decode_image
+from flm_scale.data.prepare.worker import limit_memory
 file = io.BytesIO()
 Image.new("L", (7_000, 7_000)).save(file, "JPEG")
+codec_versions()  # libraries before the limit: they take more than the picture
 limit_memory(60_000_000)
 try:
     decode_image(file.getvalue(), size=6_000)

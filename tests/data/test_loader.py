@@ -14,7 +14,7 @@ from flm_scale.batch import Batch
 from flm_scale.config import AugmentConfig, BatchConfig, DataConfig, FlmConfig, MlmConfig, Run
 from flm_scale.data.loader import Loader, mixture_shares, one_pass, open_mixture, place_in_mixture
 from flm_scale.data.shards import Dataset, open_dataset, write_dataset
-from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.sidecars import give_tokenizer
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import ConfigError, DataError
 from flm_scale.objectives.objective import Objective, build_objective
@@ -42,9 +42,7 @@ def second(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Da
     samples = [drawn_sample(number, color=COLORS[number % 3], shape=SHAPES[number % 2]) for number in range(40)]
     dataset = write_dataset(tmp_path_factory.mktemp("second") / "data", name="second", sources=[], readme="Drawn.", splits={"train": samples})
     shutil.copy(toy_dataset.tokenizer_file, dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     return dataset
 
 

@@ -16,6 +16,7 @@ from flm_scale.data import reshard as module
 from flm_scale.data.reshard import Samples, reshard, shuffled
 from flm_scale.data.shards import Dataset, open_dataset, write_dataset
 from flm_scale.data.sidecars import TokenIds
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.subset import filter_dataset
 from flm_scale.data.tar import read_shard
 from flm_scale.data.tokens import Tokenizer
@@ -136,10 +137,10 @@ def test_members_of_any_order_and_long_headers_are_copied_as_they_are(whole: Dat
                 tar.addfile(info, io.BytesIO(data))
     pictures = [member for member in list_members(file) if member.extension == "png"]
     rows = [{**row, "image_offset": member.offset} for row, member in zip(rows, pictures, strict=True)]
-    entry = whole.shards("train")[0].model_copy(update={"bytes": file.stat().st_size, "sha256": shards._file_sha256(file)})
+    entry = whole.shards("train")[0].model_copy(update={"bytes": file.stat().st_size, "sha256": file_sha256(file)})
     index = folder / entry.index_name
     write_arrow(index, pa.RecordBatch.from_pylist(rows, schema=map_index(whole.folder, entry).schema))
-    entry = entry.model_copy(update={"index_bytes": index.stat().st_size, "index_sha256": shards._file_sha256(index)})
+    entry = entry.model_copy(update={"index_bytes": index.stat().st_size, "index_sha256": file_sha256(index)})
     foreign = shards.seal_dataset(folder, name="foreign", sources=[], splits={"train": [entry]}, readme="")
     assert verify(foreign) == []
     made = open_dataset(reshard(foreign, tmp_path / "made", samples_per_shard=4, seed=0).folder)

@@ -21,8 +21,8 @@ from flm_scale.data import shards
 from flm_scale.data.index import Index, index_columns
 from flm_scale.data.manifest import Shards
 from flm_scale.data.shards import Dataset, Sample, open_dataset, read_committed_shard, seal_dataset, write_dataset, write_shard
-from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.sidecars import give_tokenizer
+from flm_scale.data.tokens import train_tokenizer
 from flm_scale.data.verify import verify
 from flm_scale.errors import DataError
 from tests.data.hostile import END, member, shard
@@ -49,9 +49,7 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     monkeypatch.setattr(shards, "SAMPLES_PER_SHARD", 10)
     dataset = write(tmp_path / "data")
     train_tokenizer(["caption of a thing"] * 3, vocab_size=40, model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     return dataset
 
 
@@ -252,6 +250,20 @@ def test_index_that_lies_is_a_data_error_whatever_its_hash(dataset: Dataset, cha
     assert "\n" not in str(caught.value)
     (line,) = verify(resealed)
     assert line.startswith(str(caught.value).split("(")[0])
+
+
+def test_an_index_without_a_caption_is_found_by_verify_though_no_picture_needs_it(dataset: Dataset) -> None:
+    import pyarrow as pa
+
+    with pa.ipc.open_file((dataset.folder / "index/val/00000.arrow").read_bytes()) as opened:
+        table = opened.read_all()
+    buffer = pa.BufferOutputStream()
+    column = pa.array([[None]], pa.list_(pa.string()))
+    with pa.ipc.new_file(buffer, table.schema) as writer:
+        writer.write_table(table.set_column(table.column_names.index("captions"), table.schema.field("captions"), column))
+    (line,) = verify(reseal(dataset, index=bytes(buffer.getvalue().to_pybytes())))
+    assert "index index/val/00000.arrow" in line
+    assert "a value is missing" in line
 
 
 def test_place_outside_of_the_tar_is_a_data_error(dataset: Dataset) -> None:

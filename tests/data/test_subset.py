@@ -16,7 +16,8 @@ from flm_scale.data import subset as subset_module
 from flm_scale.data.derive import Rewriter
 from flm_scale.data.manifest import Derivation
 from flm_scale.data.shards import Dataset, open_dataset, write_dataset
-from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.sidecars import give_tokenizer, write_sidecars
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.subset import UIDS, filter_dataset, parse_condition, read_keys
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.data.verify import verify
@@ -39,9 +40,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         dataset = write_dataset(tmp_path_factory.mktemp("whole") / "data", name="whole", sources=[], readme="Drawn.",
                                 splits={"train": samples[:24], "val": samples[24:]})
     train_tokenizer((text for sample in samples for text in sample.captions), vocab_size=80, model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     return open_dataset(dataset.folder)
 
 
@@ -166,7 +165,7 @@ def test_verify_knows_a_subset_by_what_the_dataset_says(whole: Dataset, tmp_path
     assert "00000.tar" in verify(as_whole)[0]
     file = subset.folder / subset.shards()[0].index_name
     file.write_bytes(file.read_bytes().replace(moved.to_bytes(8, "little"), (moved + 512).to_bytes(8, "little")))
-    shard = subset.shards()[0].model_copy(update={"index_sha256": shards._file_sha256(file)})
+    shard = subset.shards()[0].model_copy(update={"index_sha256": file_sha256(file)})
     lying = Dataset(subset.folder, subset.manifest, shards.Shards.of([shard, *list(subset.shards())[1:]]))
     assert "shard train/00000.tar holds other keys or places than its index states" in verify(lying)
 

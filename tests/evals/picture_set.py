@@ -8,8 +8,8 @@ from PIL import Image
 
 from flm_scale.config import Run
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
-from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.sidecars import give_tokenizer
+from flm_scale.data.tokens import train_tokenizer
 from flm_scale.model.assemble import build_model
 from tests.synthetic import objective_of, tiny_run, write_weights
 
@@ -41,9 +41,7 @@ def picture_set(folder: Path) -> Dataset:
     dataset = write_dataset(folder, name="squares", sources=[], splits=splits, readme="squares")
     train_tokenizer([text for sample in splits["train"] for text in sample.captions + sample.questions], vocab_size=60,
                     model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     return open_dataset(folder)
 
 

@@ -53,7 +53,7 @@ class ListedPart:
     spec: Spec
     rows: int = -1
 
-    @property
+    @cached_property
     def kinds(self) -> Mapping[str, Kind]:
         """What a folder's listing can promise; annotation files have no columns."""
         return json_kinds(self.spec) if self.spec.input.kind == "folder" else {}

@@ -27,15 +27,13 @@ from flm_scale.data.manifest import DATASET, Shard, stats_name
 from flm_scale.data.prepare.finish import finish
 from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
 from flm_scale.data.prepare.inputs import Input, open_inputs
-from flm_scale.data.prepare.ledger import FOLDER, Ledger, Lock, locked, read_ledger, write_json
+from flm_scale.data.prepare.ledger import FOLDER, Ledger, locked, read_ledger, write_json
 from flm_scale.data.prepare.rewrite import is_whole, settle, settle_shard
 from flm_scale.data.prepare.spec import Spec, difference
 from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
 from flm_scale.data.prepare.status import Display, Meter, State, write_status
 from flm_scale.data.prepare.worker import Work as Doing
 from flm_scale.data.shards import TOKENIZER, Dataset, open_dataset, read_committed_shard
-from flm_scale.data.sidecars import write_sidecars
-from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import ConfigError, DataError
 
 STATUS_SECONDS = 2.0
@@ -54,7 +52,6 @@ class Plan(NamedTuple):
     spec: Spec
     inputs: Sequence[Input]
     works: Sequence[Work]
-    lock: Lock
     options: FleetOptions
 
 
@@ -89,22 +86,22 @@ def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptio
     try:
         if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
-        with locked(folder) as lock, _stopped_by_signals():
+        with locked(folder), _stopped_by_signals():
             found = _open_inputs(spec, inputs)
             if around := next((entry.path for entry in found if folder.is_relative_to(entry.path) and not entry.path.is_relative_to(folder)), None):
                 raise ConfigError(f"--output {folder} lies in --input {around} and would become a part of it; choose another --output")
             _remember(folder / FOLDER / "preparation.json", spec, found)
             settle(folder)
-            yield Plan(folder, spec, found, plan_work(spec, found), lock, options)
+            yield Plan(folder, spec, found, plan_work(spec, found), options)
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; put that right and start the same command again") from error
 
 
-def _open_inputs(spec: Spec, paths: Sequence[Path]) -> list[Input]:
+def _open_inputs(spec: Spec, paths: Sequence[Path], *, hashed: bool = True) -> list[Input]:
     if spec.input.warning:
         print(f"flm: {spec.input.warning}", file=sys.stderr)
-    with Console(stderr=True).status("the inputs are read, for their hashes") as line:
-        return open_inputs(spec, paths, progress=lambda name: line.update(f"the inputs are read: {name}"))
+    with Console(stderr=True).status("the inputs are read") as line:
+        return open_inputs(spec, paths, hashed=hashed, progress=lambda name: line.update(f"the inputs are read: {name}"))
 
 
 def _remember(file: Path, spec: Spec, inputs: Sequence[Input]) -> None:
@@ -167,7 +164,6 @@ def _follow_and_seal(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attem
         if time.monotonic() - told > STATUS_SECONDS:
             told = time.monotonic()
             write_status(plan.folder, meter.status("sealing"))
-            plan.lock.renew()
 
     alive()
     dataset = _seal(plan, committed_shards(plan), attempts, alive)
@@ -206,7 +202,6 @@ def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapp
                 status = meter.status("running", fleet)
                 write_status(plan.folder, status)
                 display.show(status)
-                plan.lock.renew()
     return raced
 
 
@@ -245,11 +240,11 @@ def _history(plan: Plan, committed: Mapping[str, Shard]) -> tuple[dict[str, int]
 
 def _seal(plan: Plan, shards: Mapping[str, Shard], attempts: Mapping[str, int], alive: Callable[[], None]) -> Dataset:
     """Drop duplicates among shards and state the dataset, unless that is done.   alive: called again and again."""
-    entries, had_tokenizer = [shards[work.name] for work in plan.works], (plan.folder / TOKENIZER).exists()
+    entries, wants_tokenizer = [shards[work.name] for work in plan.works], plan.spec.tokenizer or (plan.folder / TOKENIZER).exists()
     if (plan.folder / DATASET).exists():
         with suppress(DataError):  # what it states is not what is there
             dataset = open_dataset(plan.folder)
-            if list(dataset.shards()) == entries and (dataset.tokenizer_fingerprint or not plan.spec.tokenizer):
+            if list(dataset.shards()) == entries and (dataset.tokenizer_fingerprint or not wants_tokenizer):
                 return dataset
         (plan.folder / DATASET).unlink()
     with Console(stderr=True).status("duplicates are looked for") as line:
@@ -258,12 +253,7 @@ def _seal(plan: Plan, shards: Mapping[str, Shard], attempts: Mapping[str, int], 
             alive()
             line.update(f"duplicates are looked for, and dropped: {name}")
 
-        dataset = finish(plan.folder, plan.spec, plan.inputs, entries, run=partial(_close_all, plan, attempts, alive), progress=progress)
-    if had_tokenizer and not plan.spec.tokenizer:  # it was trained since
-        tokenizer = Tokenizer(dataset.tokenizer_file)
-        write_sidecars(dataset, tokenizer)
-        dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
-    return dataset
+        return finish(plan.folder, plan.spec, plan.inputs, entries, run=partial(_close_all, plan, attempts, alive), progress=progress)
 
 
 class _Closing(NamedTuple):
@@ -277,14 +267,14 @@ class _Closing(NamedTuple):
         return self.shard.name
 
 
-def _close(folder: Path, function: Callable[[tuple[Shard, Mapping[int, str]]], Shard], task: _Closing, *, attempt: int,  # noqa: ARG001
-           skip: object, beat: Callable[[int, str], None]) -> dict[str, Any]:  # noqa: ARG001
+def _close(folder: Path, function: Callable[..., Shard], task: _Closing, *, attempt: int, skip: object,  # noqa: ARG001
+           beat: Callable[[int, str], None]) -> dict[str, Any]:
     beat(0, "close")
     # A killed attempt may have moved its shard halfway.
-    return function((settle_shard(folder, task.name) or task.shard, task.fates)).model_dump()
+    return function((settle_shard(folder, task.name) or task.shard, task.fates), attempt=attempt).model_dump()
 
 
-def _close_all(plan: Plan, attempts: Mapping[str, int], alive: Callable[[], None], function: Callable[[tuple[Shard, Mapping[int, str]]], Shard],
+def _close_all(plan: Plan, attempts: Mapping[str, int], alive: Callable[[], None], function: Callable[..., Shard],
                tasks: Iterable[tuple[Shard, Mapping[int, str]]]) -> Iterator[Shard]:
     """Be `finish`'s map: the fleet does the shards that have something to be done; the others are as they are."""
     done = dict[str, Shard]()  # in the order of the shards
@@ -292,7 +282,7 @@ def _close_all(plan: Plan, attempts: Mapping[str, int], alive: Callable[[], None
     def closings() -> Iterator[_Closing]:
         for shard, fates in tasks:
             done[shard.name] = shard
-            if fates or plan.spec.tokenizer:
+            if fates or (plan.folder / TOKENIZER).exists():
                 yield _Closing(shard, fates)
 
     source = closings()
@@ -313,7 +303,7 @@ def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetO
     """Prepare some rows from the middle of the input and throw them away; print what all of them would come to."""
     if rows < 1:
         raise ConfigError(f"--rows ({rows}) must be at least 1")
-    found, spec = _open_inputs(spec, inputs), spec.anchored()
+    found, spec = _open_inputs(spec, inputs, hashed=False), spec.anchored()
     works, total = plan_work(spec, found), sum(entry.rows for entry in found)
     source = max(range(len(found)), key=lambda number: found[number].rows)
     first = max(0, (found[source].rows - rows) // 2)

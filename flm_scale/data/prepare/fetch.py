@@ -64,7 +64,6 @@ class Response(NamedTuple):
     content: bytes
     url: str
     """The last one, behind redirects."""
-    status: int
     content_type: str
 
 
@@ -175,7 +174,7 @@ async def fetch(session: aiohttp.ClientSession, request: Request, *, limits: Fet
                     if response.status not in REDIRECTS:
                         content = await _body(response, limits.max_bytes)
                         _check_hashes(request, content)
-                        return Response(content, str(url), response.status, response.content_type)
+                        return Response(content, str(url), response.content_type)
                     url = _checked_url(response.headers.get("Location", ""), base=url)
     except TimeoutError as error:
         raise FetchError(_message(url, f"took over {limits.total_seconds:g} s"), reason="timeout") from error

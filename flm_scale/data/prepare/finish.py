@@ -22,16 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm_scale.data.images import codec_versions
-from flm_scale.data.manifest import Shard, stats_name
+from flm_scale.data.manifest import Shard, replaced, stats_name
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import STAGING, read_samples, read_table, rewrite_shard, settle
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.shards import TOKENIZER, Dataset, seal_dataset
-from flm_scale.data.sidecars import read_sidecar, write_sidecar, write_sidecars
+from flm_scale.data.sidecars import give_tokenizer, read_sidecar, write_sidecar
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 
-Runner = Callable[[Callable[[tuple[Shard, Mapping[int, str]]], Shard], Iterable[tuple[Shard, Mapping[int, str]]]], Iterable[Shard]]
+Runner = Callable[[Callable[..., Shard], Iterable[tuple[Shard, Mapping[int, str]]]], Iterable[Shard]]
 # The order of places in the input; a place is shard << ROW_BITS | row.
 ROW_BITS = 32
 SAMPLES_PER_BUCKET, MAX_BUCKETS = 4_000_000, 128
@@ -68,15 +68,19 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
     """Drop duplicates, write the token ids and seal the dataset; may be killed and called again.
 
     shards: every shard of the plan, in order, complete on disk.   run: like map, in order; a fleet's does the shards on many hosts.   progress: is
-    told each shard twice: when it is looked at, and when it is done.   Raises DataError.
+    told each shard twice, when it is looked at and when it is done, and what is sorted in between.   Raises DataError.
     """
     settle(folder)
     duplicates = find_duplicates(folder, spec, shards, progress=progress)
+    if spec.tokenizer:
+        with replaced(folder / TOKENIZER) as part:
+            shutil.copyfile(spec.tokenizer, part)
+    tokenizer = folder / TOKENIZER if (folder / TOKENIZER).exists() else None  # the spec's, or one that was trained since
     entries, fates = [], Counter[str]()
-    for entry in run(partial(close_shard, folder, spec.tokenizer), ((shard, duplicates.of_shard(number)) for number, shard in enumerate(shards))):
+    for entry in run(partial(close_shard, folder, tokenizer), ((shard, duplicates.of_shard(number)) for number, shard in enumerate(shards))):
         progress(entry.name)
         entries.append(entry)
-        fates.update(message or "success" for message in read_table(folder, entry, ["error_message"])["error_message"].to_pylist())
+        fates.update(json.loads((folder / stats_name(entry.name)).read_bytes())["status_dict"])
     shutil.rmtree(folder / STAGING, ignore_errors=True)
     given = [{"path": opened.path.name, "split": opened.split, "sha256": opened.sha256, "rows": opened.rows} for opened in inputs]
     preparation = {"spec": spec.decisive(), "spec_hash": spec.hash, "inputs": given, "fates": dict(sorted(fates.items())),
@@ -87,11 +91,8 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
     splits = {split: list(of_split) for split, of_split in groupby(entries, key=lambda entry: entry.split)}  # a plan has them together
     dataset = seal_dataset(folder, name=spec.name, sources=[source.model_dump() for source in spec.sources], splits=splits,
                            preparation=preparation, readme=readme)
-    if spec.tokenizer:
-        shutil.copyfile(spec.tokenizer, folder / TOKENIZER)
-        tokenizer = Tokenizer(folder / TOKENIZER)
-        write_sidecars(dataset, tokenizer)
-        dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    if tokenizer:
+        give_tokenizer(dataset)
     return dataset
 
 
@@ -115,6 +116,7 @@ def find_duplicates(folder: Path, spec: Spec, shards: Sequence[Shard], *, progre
         with tempfile.TemporaryDirectory(dir=folder / STAGING) as scratch:
             _spill(folder, shards, {rule: [Path(scratch, f"{rule}-{bucket}") for bucket in range(buckets)] for rule in rules}, progress)
             for file in sorted(Path(scratch).iterdir()):
+                progress(file.name)
                 places[file.name.startswith("phash")].append(_later_ones(np.fromfile(file, RECORD)))
     same = np.unique(np.concatenate(places[False]))
     alike = np.setdiff1d(np.concatenate(places[True]), same)
@@ -155,7 +157,7 @@ def _later_ones(records: NDArray[np.void]) -> NDArray[np.uint64]:
     return later
 
 
-def close_shard(folder: Path, tokenizer: Path | None, task: tuple[Shard, Mapping[int, str]]) -> Shard:
+def close_shard(folder: Path, tokenizer: Path | None, task: tuple[Shard, Mapping[int, str]], *, attempt: int = 0) -> Shard:
     """Drop duplicates (row of the table: fate) from one shard and write its token ids; may be killed and done again. Return its entry."""
     entry = drop_duplicates(folder, *task)
     if tokenizer:
@@ -163,7 +165,7 @@ def close_shard(folder: Path, tokenizer: Path | None, task: tuple[Shard, Mapping
         try:
             read_sidecar(folder, entry, words)
         except DataError:
-            write_sidecar(folder, entry, words)
+            write_sidecar(folder, entry, words, attempt=attempt)
     return entry
 
 

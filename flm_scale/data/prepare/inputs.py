@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from flm_scale.data.prepare.annotations import list_files, open_listed
@@ -55,8 +55,8 @@ class Input:
             first, stop = first - part.rows, stop - part.rows
 
 
-def open_inputs(spec: Spec, paths: Sequence[Path], *, progress: Callable[[str], None] = lambda _: None) -> list[Input]:
-    """Open every path, in the order given, and read all bytes for their hashes.
+def open_inputs(spec: Spec, paths: Sequence[Path], *, hashed: bool = True, progress: Callable[[str], None] = lambda _: None) -> list[Input]:
+    """Open every path, in the order given, and read all bytes for their hashes, which stay empty if not `hashed`.
 
     paths: each PATH, which goes to spec.split, or SPLIT=PATH (./a=b is a path).   progress: is told each file that is done.
     Raises DataError for what is refused, ConfigError for columns that the kind has not.
@@ -66,7 +66,7 @@ def open_inputs(spec: Spec, paths: Sequence[Path], *, progress: Callable[[str], 
     if spec.kept_columns and spec.input.kind not in ("table", "shards", "folder"):
         raise ConfigError(f"input.keep and filter.where name columns ({', '.join(spec.kept_columns)}); input.kind {spec.input.kind} has none; "
                           "clear them")
-    inputs = [_open_input(spec, *_split_and_path(spec, path), progress) for path in paths]
+    inputs = [_open_input(spec, *_split_and_path(spec, path), hashed, progress) for path in paths]
     if not sum(opened.rows for opened in inputs):
         raise DataError(f"{', '.join(map(str, paths))} holds no rows; name files with rows")
     return inputs
@@ -77,7 +77,7 @@ def _split_and_path(spec: Spec, path: Path) -> tuple[str, Path]:
     return (named[1], Path(named[2]).resolve()) if named else (spec.split, path.resolve())
 
 
-def _open_input(spec: Spec, split: str, path: Path, progress: Callable[[str], None]) -> Input:
+def _open_input(spec: Spec, split: str, path: Path, hashed: bool, progress: Callable[[str], None]) -> Input:
     kind = spec.input.kind
     if not path.exists():
         raise DataError(f"input {path} (of the split {split}) does not exist; correct the path")
@@ -89,8 +89,9 @@ def _open_input(spec: Spec, split: str, path: Path, progress: Callable[[str], No
         if not names:
             raise DataError(f"input {path} holds no {' or '.join(SUFFIXES[kind])} file; correct the path, or set input.kind")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        hashes = list(threads.map(partial(_size_and_sha256, progress), [path / name for name in names]))
-        parts = [open_listed(path, spec)] if kind == "folder" else list(threads.map(partial(_open_part, spec), [path / name for name in names]))
+        files = [path / name for name in names]
+        hashes = list(threads.map(partial(_size_and_sha256, progress), files)) if hashed else [(0, "")] * len(files)
+        parts = [open_listed(path, spec)] if kind == "folder" else list(threads.map(partial(_open_part, spec), files))
     if not path.is_dir():
         return Input(split, path, hashes[0][1], tuple(parts))
     listing = hashlib.sha256()
@@ -124,7 +125,7 @@ class TarPart:
     bytes: int
     spec: Spec
 
-    @property
+    @cached_property
     def kinds(self) -> Mapping[str, Kind]:
         """What its JSON can promise."""
         return json_kinds(self.spec)
@@ -146,15 +147,14 @@ class TarPart:
 
     def _row(self, members: list[Member], file: int) -> Row:
         name = f"{self.path.name}/{members[0].key}"
-        nothing: dict[str, int | float | str | None] = dict.fromkeys(self.kinds)
         rejected = next((member.rejected for member in members if member.rejected), "")
         if rejected:
-            return make_row(self.spec, name, [])._replace(fate=rejected, columns=nothing)
+            return make_row(self.spec, name, [])._replace(fate=rejected)
         content = {member.extension: os.pread(file, member.size, member.offset) for member in members}
         try:
             fields = read_json(content["json"])[0] if "json" in content else {}
         except DataError:
-            return make_row(self.spec, name, [])._replace(fate="bad_json", columns=nothing)
+            return make_row(self.spec, name, [])._replace(fate="bad_json")
         texts = fields.get("captions")
         captions = texts[:MAX_CAPTIONS] if isinstance(texts, list) and texts else [content.get("txt", b"")]
         url = fields.get("url")

@@ -17,9 +17,10 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator["Lock"]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other drivers out of a dataset's folder. Raises DataError when one is at work there; a dead one's lock is taken over."""
     path = folder / FOLDER / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,21 +89,20 @@ def locked(folder: Path) -> Iterator["Lock"]:
         file.truncate(0)
         file.write(f"{socket.gethostname()} {os.getpid()}")
         file.flush()
+        ended = threading.Event()
+
+        def give_signs_of_life() -> None:
+            """For hosts that cannot see the lock itself."""
+            while not ended.wait(FOREIGN_LOCK_SECONDS / 6):
+                with suppress(OSError):
+                    os.utime(path)
+
+        threading.Thread(target=give_signs_of_life, name="lock", daemon=True).start()
         try:
-            yield Lock(path)
+            yield
         finally:
+            ended.set()
             file.truncate(0)
-
-
-class Lock:
-    """A held lock."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def renew(self) -> None:
-        """Give a sign of life, for hosts that cannot see the lock itself; more often than every FOREIGN_LOCK_SECONDS."""
-        os.utime(self._path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

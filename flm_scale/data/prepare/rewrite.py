@@ -3,7 +3,6 @@
 A kill at any moment leaves the old shard, the new one, or parts of both that `settle` makes the new one: what stays is never fetched again.
 """
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from flm_scale.data.index import index_columns, map_index
 from flm_scale.data.manifest import Shard, stats_name
 from flm_scale.data.prepare.rows import quoted
 from flm_scale.data.shards import Sample, read_committed_shard, write_shard
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import read_json, read_shard
 from flm_scale.errors import DataError
 
@@ -88,8 +88,7 @@ def is_whole(folder: Path, name: str) -> bool:
     """Hash a committed shard's files; one that is not what it states is no longer committed then."""
     shard = read_committed_shard(folder, name)
     for file, _, sha256 in shard.files if shard else ():
-        with (folder / file).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-                (folder / stats_name(name)).unlink()
-                return False
+        if file_sha256(folder / file) != sha256:
+            (folder / stats_name(name)).unlink()
+            return False
     return shard is not None

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 
 from flm_scale.config import Section
 from flm_scale.data.sources import Source
+from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import MAX_SAMPLES
 from flm_scale.errors import ConfigError
 
@@ -97,6 +99,8 @@ class FetchConfig(Section):
     """More tries where the time ran out; seldom worth it."""
     server_retries: int = Field(1, ge=0)
     """More tries behind an answer of 429 or 500 to 599, or a connection that broke."""
+    contact: str = ""
+    """An address for complaints, which servers are told beside our name (User-Agent); a large crawl should have one."""
     allow_loopback: bool = False
     """Fetch from this machine too, for tests."""
     require_hash: bool = False
@@ -213,11 +217,11 @@ class Spec(Section):
 
     def decisive(self) -> dict[str, Any]:
         """Return every value that decides bytes, files by their sha256, as plain JSON. Raises ConfigError when a file cannot be read."""
-        values = self.model_dump(mode="json", exclude={"fetch": {"concurrency"}})
+        values = self.model_dump(mode="json", exclude={"fetch": {"concurrency", "contact"}})
         values["input"]["images"] = self.input.images is not None  # read or fetched; where they lie decides nothing
-        values["filter"]["forbidden"] = _file_sha256("filter.forbidden", self.filter.forbidden)
-        values["tokenizer"] = _file_sha256("tokenizer", self.tokenizer)
-        values["readme"] = _file_sha256("readme", self.readme)
+        values["filter"]["forbidden"] = _sha256("filter.forbidden", self.filter.forbidden)
+        values["tokenizer"] = _sha256("tokenizer", self.tokenizer)
+        values["readme"] = _sha256("readme", self.readme)
         return values
 
     @property
@@ -238,6 +242,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = 
     return lines
 
 
+@cache
 def _condition(text: str) -> Condition:
     found = re.fullmatch(r"\s*(\w+)\s*(>=|<=|!=|>|<|=)\s*(.*?)\s*", text)
     if not found:
@@ -249,11 +254,10 @@ def _condition(text: str) -> Condition:
     return condition
 
 
-def _file_sha256(field: str, file: Path | None) -> str:
+def _sha256(field: str, file: Path | None) -> str:
     if file is None:
         return ""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise ConfigError(f"{field} ({file}) cannot be read ({error.strerror}); correct the path") from error

@@ -288,9 +288,10 @@ class _Shard:
 
 
 def _open_fetcher(spec: Spec) -> "Fetcher":
-    from flm_scale.data.prepare.fetch import Fetcher, FetchLimits
+    from flm_scale.data.prepare.fetch import USER_AGENT, Fetcher, FetchLimits
 
-    limits = FetchLimits(max_bytes=spec.image.max_bytes, total_seconds=spec.fetch.total_seconds, allow_loopback=spec.fetch.allow_loopback)
+    limits = FetchLimits(max_bytes=spec.image.max_bytes, total_seconds=spec.fetch.total_seconds, allow_loopback=spec.fetch.allow_loopback,
+                         user_agent=f"{USER_AGENT} {spec.fetch.contact}".rstrip())
     retries = {"dns": spec.fetch.dns_retries, "timeout": spec.fetch.timeout_retries, "server": spec.fetch.server_retries}
     return Fetcher(concurrency=spec.fetch.concurrency, limits=limits, retries=retries)
 

@@ -8,13 +8,14 @@ import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm_scale.data.prepare.rows import Kind, Row, TableError, as_value, compared_columns, find_columns, make_row, quoted
+from flm_scale.data.prepare.rows import Kind, Row, TableError, as_value, compared_columns, find_columns, json_kinds, make_row, quoted
 from flm_scale.data.prepare.spec import Spec
 
 if TYPE_CHECKING:
@@ -195,10 +196,10 @@ class CsvPart:
     found: Mapping[str, str]
     offsets: NDArray[np.int64] = field(repr=False)
 
-    @property
+    @cached_property
     def kinds(self) -> Mapping[str, Kind]:
         """Texts, but for what conditions compare."""
-        return {name: "float" if name in compared_columns(self.spec) else "str" for name in self.spec.kept_columns}
+        return json_kinds(self.spec)
 
     def read(self, first: int, stop: int) -> Iterator[Row]:
         """Yield rows [first, stop). Raises TableError when the file was cut since it was opened."""
@@ -215,7 +216,7 @@ class CsvPart:
 
     def _row(self, fields: list[str]) -> Row:
         if len(fields) != len(self.names):
-            return make_row(self.spec, "", [])._replace(fate="bad_row", columns=dict.fromkeys(self.kinds))
+            return make_row(self.spec, "", [])._replace(fate="bad_row")
         of = dict(zip(self.names, fields, strict=True))
         wanted = self.spec.input.columns
         hashes = {role: _hexadecimal({name: [of[self.found[name]]]}, name, 0) for role in ("sha256", "md5") if (name := getattr(wanted, role))}

@@ -44,10 +44,7 @@ class Worker:
         self._work, self._folder = work, folder
         self._now: tuple[int, str, float] | None = None
         """Row, stage and since when; None between tasks."""
-        # Memory of its own alone: address space would count mapped files too, and libraries that are loaded later.
-        used = int(re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[0]) * 1024
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + memory_bytes, hard))
+        limit_memory(memory_bytes)
 
     def pulse(self) -> tuple[str, int, str, float]:
         """Return host, row, stage, and since how many seconds."""
@@ -68,6 +65,15 @@ class Worker:
         finally:
             os.close(note)
             self._now = None
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Let this process take so much more memory of its own: what needs more ends in an error.
+
+    Address space would count mapped files too, and libraries that are loaded later.
+    """
+    used = int(re.findall(r"VmData:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + more_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def note_of(folder: Path, task: Task, attempt: int) -> Path:

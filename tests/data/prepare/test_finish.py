@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
+from flm_scale.data.demo import train_dataset_tokenizer
 from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare import finish as module
 from flm_scale.data.prepare.finish import finish
@@ -114,6 +115,15 @@ def test_finishing_twice_or_with_several_workers_gives_the_same_root(inputs: lis
     assert finish(folder, SPEC, inputs, committed(folder, inputs)).root == root
     with ThreadPoolExecutor(3) as threads:
         assert finish(other, SPEC, inputs, committed(other, inputs), run=threads.map).root == root
+
+
+def test_a_tokenizer_that_was_trained_since_stays_the_datasets(inputs: list[Input], before: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(before, tmp_path / "data")
+    finish(folder, SPEC, inputs, committed(folder, inputs))
+    train_dataset_tokenizer(folder, vocab_size=40)
+    root = open_dataset(folder).root
+    (folder / "dataset.json").unlink()  # as `retry` and `repair` do, which may then be killed
+    assert finish(folder, SPEC, inputs, committed(folder, inputs)).root == root
 
 
 @pytest.mark.parametrize(("changes", "kinds"), [({"near_duplicates": False}, {"duplicate"}), ({"duplicates": False}, {"near_duplicate"}),
