@@ -7,6 +7,7 @@ simply begun again: it decides the same, and a shard that was done already is le
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,6 +88,8 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
     splits = {split: list(of_split) for split, of_split in groupby(entries, key=lambda entry: entry.split)}  # a plan has them together
     dataset = seal_dataset(folder, name=spec.name, sources=[source.model_dump() for source in spec.sources], splits=splits,
                            preparation=preparation, readme=readme)
+    if any((folder / entry.name).is_symlink() for entry in entries):
+        print(f"{folder}: its tars are symbolic links, because the file system gives them no second name; keep what was imported", file=sys.stderr)
     if spec.tokenizer:
         shutil.copyfile(spec.tokenizer, folder / TOKENIZER)
         tokenizer = Tokenizer(folder / TOKENIZER)
@@ -97,8 +100,9 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
 
 def library_versions(spec: Spec) -> dict[str, str]:
     """Return what decides bytes beside the spec."""
-    libraries = ["pyarrow", "webdataset", *(["py3langid"] if spec.text.languages else [])]
-    return codec_versions() | {name: version(name) for name in libraries} | {"unicode": unidata_version}
+    libraries = ["pyarrow", *([] if spec.input.adopt else ["webdataset"]), *(["py3langid"] if spec.text.languages else [])]
+    are_decoded = not spec.input.adopt or spec.filter.near_duplicates or spec.filter.forbidden
+    return (codec_versions() if are_decoded else {}) | {name: version(name) for name in libraries} | {"unicode": unidata_version}
 
 
 def find_duplicates(folder: Path, spec: Spec, shards: Sequence[Shard], *, progress: Callable[[str], None] = lambda _: None) -> Duplicates:

@@ -16,7 +16,8 @@ from flm_scale.data.prepare.annotations import list_files, open_listed
 from flm_scale.data.prepare.rows import MAX_CAPTIONS, Kind, Part, Row, as_value, json_kinds, make_row
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.prepare.tables import open_table
-from flm_scale.data.tar import Member, list_members, read_json
+from flm_scale.data.shards import Adopted
+from flm_scale.data.tar import MAX_SAMPLES, Member, list_members, read_json
 from flm_scale.errors import ConfigError, DataError
 
 SUFFIXES = {"table": (".parquet", ".csv", ".tsv"), "shards": (".tar",), "coco": (".json",), "visual_genome": (".json",), "sbu": (".json",)}
@@ -46,6 +47,15 @@ class Input:
             for name, kind in part.kinds.items():
                 kinds[name] = kind if kinds.get(name, kind) == kind else "str" if "str" in (kind, kinds[name]) else "float"
         return kinds
+
+    def tar_at(self, row: int) -> Adopted:
+        """Return the tar that a row of kind shards is in."""
+        for part in self.parts:
+            if row < part.rows:
+                break
+            row -= part.rows
+        assert isinstance(part, TarPart)
+        return Adopted(part.path, part.bytes, part.sha256)
 
     def read(self, first: int, stop: int) -> Iterator[Row]:
         """Yield rows [first, stop), across parts. Raises DataError for a part that is refused."""
@@ -90,7 +100,8 @@ def _open_input(spec: Spec, split: str, path: Path, progress: Callable[[str], No
             raise DataError(f"input {path} holds no {' or '.join(SUFFIXES[kind])} file; correct the path, or set input.kind")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         hashes = list(threads.map(partial(_size_and_sha256, progress), [path / name for name in names]))
-        parts = [open_listed(path, spec)] if kind == "folder" else list(threads.map(partial(_open_part, spec), [path / name for name in names]))
+        parts = [open_listed(path, spec)] if kind == "folder" else list(
+            threads.map(partial(_open_part, spec), [path / name for name in names], [sha256 for _, sha256 in hashes]))
     if not path.is_dir():
         return Input(split, path, hashes[0][1], tuple(parts))
     listing = hashlib.sha256()
@@ -99,10 +110,10 @@ def _open_input(spec: Spec, split: str, path: Path, progress: Callable[[str], No
     return Input(split, path, listing.hexdigest(), tuple(parts))
 
 
-def _open_part(spec: Spec, path: Path) -> Part:
+def _open_part(spec: Spec, path: Path, sha256: str) -> Part:
     if spec.input.kind == "table":
         return open_table(path, spec)
-    return open_tar(path, spec) if spec.input.kind == "shards" else open_listed(path, spec)
+    return open_tar(path, spec, sha256) if spec.input.kind == "shards" else open_listed(path, spec)
 
 
 def _size_and_sha256(progress: Callable[[str], None], path: Path) -> tuple[int, str]:
@@ -120,6 +131,8 @@ class TarPart:
     """One shard of img2dataset or webdataset, by strangers. A run of rows costs its own content and the headers before it."""
 
     path: Path
+    sha256: str
+    """When it was opened: the tar of an adopted shard must still have it."""
     rows: int
     bytes: int
     spec: Spec
@@ -145,29 +158,35 @@ class TarPart:
                 yield self._row(sample, stream.fileno())
 
     def _row(self, members: list[Member], file: int) -> Row:
-        name = f"{self.path.name}/{members[0].key}"
-        nothing: dict[str, int | float | str | None] = dict.fromkeys(self.kinds)
+        name, key = f"{self.path.name}/{members[0].key}", members[0].key if self.spec.input.adopt else ""
+        nothing = make_row(self.spec, name, [])._replace(columns=dict.fromkeys(self.kinds), key=key)
         rejected = next((member.rejected for member in members if member.rejected), "")
+        if key and sum(member.extension in PICTURES for member in members) > 1:
+            rejected = rejected or "two_images"  # the tar goes on to hold both, and other readers may take either
         if rejected:
-            return make_row(self.spec, name, [])._replace(fate=rejected, columns=nothing)
+            return nothing._replace(fate=rejected)
         content = {member.extension: os.pread(file, member.size, member.offset) for member in members}
         try:
             fields = read_json(content["json"])[0] if "json" in content else {}
         except DataError:
-            return make_row(self.spec, name, [])._replace(fate="bad_json", columns=nothing)
+            return nothing._replace(fate="bad_json")
         texts = fields.get("captions")
         captions = texts[:MAX_CAPTIONS] if isinstance(texts, list) and texts else [content.get("txt", b"")]
         url = fields.get("url")
         row = make_row(self.spec, url if isinstance(url, str) else name, [text for text in captions if isinstance(text, bytes | str)], fields,
                        columns={column: as_value(fields.get(column), kind) for column, kind in self.kinds.items()})
-        picture = next((content[extension] for extension in PICTURES if extension in content), None)
-        return row._replace(image=picture or b"", fate=row.fate or ("" if picture else "no_image"))
+        picture = next((member for extension in PICTURES for member in members if member.extension == extension), None)
+        if not picture or not picture.size:
+            return row._replace(image=b"", fate=row.fate or "no_image", key=key)
+        return row._replace(image=content[picture.extension], key=key, offset=picture.offset)
 
 
-def open_tar(path: Path, spec: Spec) -> TarPart:
-    """Walk all headers, strictly. Raises ShardError."""
+def open_tar(path: Path, spec: Spec, sha256: str) -> TarPart:
+    """Walk all headers, strictly. Raises ShardError, and DataError for a tar of too many samples to adopt."""
     rows, key = 0, None
     for member in list_members(path):
         rows += member.key != key
         key = member.key
-    return TarPart(path, rows, path.stat().st_size, spec)
+    if spec.input.adopt and rows > MAX_SAMPLES:
+        raise DataError(f"shard {path} has {rows} samples; a shard holds {MAX_SAMPLES} at most; write new ones: flm data prepare --input.kind shards")
+    return TarPart(path, sha256, rows, path.stat().st_size, spec)
