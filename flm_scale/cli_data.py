@@ -77,6 +77,8 @@ def plan_verb(words: Sequence[str]) -> Callable[..., None]:
         """
         from flm_scale.data.prepare.driver import print_plan
 
+        if values.input.adopt:
+            raise ConfigError("flm data plan: input.adopt writes no picture, so there is little to estimate; leave it out, or: flm data import")
         print_plan([*chain.from_iterable(inputs)], values, rows=rows, options=options)
 
     return plan_data
@@ -102,6 +104,34 @@ def prepare_verb(words: Sequence[str]) -> Callable[..., None]:
         _exit(prepare([*chain.from_iterable(inputs)], output, values, options))
 
     return prepare_data
+
+
+def import_verb(words: Sequence[str]) -> Callable[..., None]:
+    """Make a dataset of img2dataset's or webdataset's tars as they are, linked and not copied; goes on where it was stopped."""
+    spec = _spec_of(words)
+    default = spec.replace(input=spec.input.replace(kind="shards", adopt=True))
+
+    def import_data(paths: Annotated[list[Path], tyro.conf.Positional], *, values: Values = default, output: Path,
+                    spec: Path | None = None, options: Workers = BY_THIS_MACHINE) -> None:  # noqa: ARG001
+        """Make a dataset of tars as they are.
+
+        Each tar is a shard, linked (hard, or symbolic where the file system refuses). The index holds the samples that stay, under their own keys.
+        Pictures keep their bytes and are not decoded: how they would be scaled and encoded (--image.size, ...) may not be said.
+
+        Args:
+            paths: tars, or folders of them, in the order of the dataset; val=PATH makes it the split val.
+            values: which samples stay.
+            output: folder of the dataset, on a file system that all workers share.
+            spec: file of values (JSON); options win over it.
+            options: who does the work.
+        """
+        from flm_scale.data.prepare.driver import prepare
+
+        if not paths:
+            raise ConfigError("flm data import: no tar is named; name tars, or folders of them")
+        _exit(prepare(paths, output, values, options))
+
+    return import_data
 
 
 def data_status(folder: Folder, *, form: Annotated[Literal["text", "json", "prometheus"], tyro.conf.arg(name="format")] = "text",
@@ -208,7 +238,9 @@ VERBS: dict[tuple[str, ...], Callable[..., None]] = {
     ("data", "demo"): data_demo, ("data", "status"): data_status, ("data", "retry"): data_retry, ("data", "repair"): data_repair,
     ("data", "verify"): data_verify, ("data", "filter"): data_filter, ("data", "reshard"): data_reshard, ("data", "score"): data_score,
 }
-SPEC_VERBS: dict[tuple[str, ...], Callable[[Sequence[str]], Callable[..., None]]] = {("data", "plan"): plan_verb, ("data", "prepare"): prepare_verb}
+SPEC_VERBS: dict[tuple[str, ...], Callable[[Sequence[str]], Callable[..., None]]] = {
+    ("data", "plan"): plan_verb, ("data", "prepare"): prepare_verb, ("data", "import"): import_verb,
+}
 
 
 def _spec_of(words: Sequence[str]) -> Spec:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from flm_scale.data.index import write_arrow
-from flm_scale.data.manifest import DATASET, Derivation, Manifest, Shard, replaced, stats_name
+from flm_scale.data.manifest import DATASET, Derivation, Manifest, Shard, linked, replaced, stats_name
 from flm_scale.data.shards import UNFINISHED, Dataset, check_room, commit_shard, open_dataset, read_committed_shard, seal_dataset
 from flm_scale.data.sidecars import give_tokenizer, read_sidecar, write_ids
 from flm_scale.data.storage import file_sha256
@@ -87,7 +87,7 @@ class Rewriter:
     def write(self, shard: Shard, batch: "pa.RecordBatch", *, counts: Mapping[str, int], rows: np.ndarray | None = None) -> Shard:
         """Commit a shard and return its entry. batch: its index.   rows: of the parent's index that are in it, in order; None for all."""
         for name in [shard.name, shard.table_name] if shard.table_sha256 else [shard.name]:
-            _link(self.parent.writable_folder / name, self.folder / name)
+            linked(self.parent.writable_folder / name, self.folder / name)
         captions = int(np.diff(batch.column("captions").offsets.to_numpy()).sum())
         with replaced(self.folder / shard.index_name) as part:
             write_arrow(part, batch)
@@ -107,16 +107,6 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: It
     while under_way:
         yield under_way.popleft().result()
         under_way.extend(pool.submit(work, item) for item in islice(rest, 1))
-
-
-def _link(file: Path, link: Path) -> None:
-    """Give a file another name, or a symbolic one where the file system refuses (another disk, or too many names)."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(file.resolve())
-    except OSError:
-        link.symlink_to(file.resolve())
 
 
 def _holds(folder: Path, step: Derivation) -> bool:

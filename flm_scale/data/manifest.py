@@ -40,6 +40,23 @@ def replaced(file: Path, attempt: int = 0) -> Iterator[Path]:
     _flush(file.parent)
 
 
+def linked(file: Path, link: Path, attempt: int = 0) -> None:
+    """Make the folder and give a file another name in one step, or a symbolic one where the file system refuses.
+
+    It does so across disks, and may for somebody else's file or too many names.   attempt: as of `replaced`.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    part = link.with_name(f".{link.name}.{attempt}.part")
+    part.unlink(missing_ok=True)
+    try:
+        part.hardlink_to(file.resolve())
+    except OSError:
+        part.symlink_to(file.resolve())
+    part.replace(link)
+    part.unlink(missing_ok=True)  # of two names of one file, neither replaces the other
+    _flush(link.parent)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -250,9 +267,10 @@ class Manifest(_Entry):
 
     @property
     def is_subset(self) -> bool:
-        """Whether tars may hold samples that their indexes leave out: the dataset was filtered, and its tars not written anew since."""
+        """Whether tars may hold samples that their indexes leave out: the dataset was filtered or imported, and its tars not written anew since."""
         makers = [derivation.by for derivation in self.derivations if derivation.by != "score"]
-        return makers[-1:] == ["filter"]
+        is_imported = bool(self.preparation and self.preparation.spec.get("input", {}).get("adopt"))
+        return makers[-1] == "filter" if makers else is_imported
 
     def computed_root(self) -> str:
         """Return the sha256 of the canonical JSON of everything except `root`."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flm_scale.data.index import Index, write_index
 from flm_scale.data.manifest import (
@@ -28,6 +28,7 @@ from flm_scale.data.manifest import (
     Split,
     TokenizerEntry,
     index_name,
+    linked,
     replaced,
     stats_name,
 )
@@ -43,7 +44,15 @@ if TYPE_CHECKING:
 SAMPLES_PER_SHARD = 1000
 HASHED_ON_OPEN_BYTES = 2 * 1024**3  # up to here reading everything takes seconds
 UNFINISHED, TOKENIZER, TOKENS = ".unfinished", "tokenizer.model", "tokens"
-PICTURES = frozenset({"jpg", "png", "webp"})
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp"})  # we write no .jpeg, and read it in others' tars
+
+
+class Place(NamedTuple):
+    """Where a tar that stays as it is holds a picture."""
+
+    image_offset: int
+    image_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -64,25 +73,43 @@ class Sample:
     """More JSON fields for the shard (source, licence, ...); training does not read them."""
     columns: Mapping[str, int | float | str] = field(default_factory=dict)
     """More columns for the index, the same in every sample of a shard: original_width, original_height, original_sha256, phash, and scores."""
+    place: Place | None = None
+    """In an adopted tar; `image` does not count then, and may be empty."""
+
+
+class Adopted(NamedTuple):
+    """A tar that is there already, by anybody, and becomes a shard's as it is."""
+
+    path: Path
+    bytes: int
+    sha256: str
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[Sample], *, table: "Callable[[], pa.Table] | None" = None,
-                stats: Callable[[], Mapping[str, Any]] | None = None, attempt: int = 0) -> Shard:
+                stats: Callable[[], Mapping[str, Any]] | None = None, attempt: int = 0, adopted: Adopted | None = None) -> Shard:
     """Write samples, in the order given, as one shard, and return its entry. One picture is held at a time.
 
     name: "train/00000.tar".   table: called when all samples are written, for the shard's table of input rows.   stats: likewise, for its counts and
     times, written last.   attempt: stands in temporary names: two writers of the same samples do not meet, and give the same bytes.
-    Raises DataError when two samples share a key, or a key is more than letters, digits, '-' and '_'.
+    adopted: holds the samples, at their places, and maybe others; it is linked.
+    Raises DataError when two samples share a key, or a key is more than letters, digits, '-' and '_'; when an adopted tar has another size.
     """
     from pyarrow import parquet
 
     rows: list[dict[str, Any]] = []
-    with replaced(folder / name, attempt) as part:
-        _write_tar(part, samples, rows)
-        pictures = (member for member in list_members(part) if member.extension in PICTURES)  # places are read back, not calculated
-        for row, picture in zip(rows, pictures, strict=True):
-            row |= {"image_offset": picture.offset, "image_bytes": picture.size}
-        size, sha256 = part.stat().st_size, file_sha256(part)
+    if adopted:
+        rows += [{**_said_of(sample), **_place_of(sample)._asdict(), **sample.columns} for sample in samples]
+        linked(adopted.path, folder / name, attempt)
+        size, sha256 = (folder / name).stat().st_size, adopted.sha256
+        if size != adopted.bytes:
+            raise DataError(f"shard {adopted.path} has {size} bytes and had {adopted.bytes}; a tar must not change while it is imported")
+    else:
+        with replaced(folder / name, attempt) as part:
+            _write_tar(part, samples, rows)
+            pictures = (member for member in list_members(part) if member.extension in PICTURES)  # places are read back, not calculated
+            for row, picture in zip(rows, pictures, strict=True):
+                row |= {"image_offset": picture.offset, "image_bytes": picture.size}
+            size, sha256 = part.stat().st_size, file_sha256(part)
     with replaced(folder / index_name(name), attempt) as part:
         write_index(part, rows, rows[0]["columns"] if rows else ())
         entry = Shard(name=name, count=len(rows), captions=sum(len(row["captions"]) for row in rows), bytes=size, sha256=sha256,
@@ -192,13 +219,21 @@ def _write_tar(part: Path, samples: Iterable[Sample], rows: list[dict[str, Any]]
             if sample.key in keys or not re.fullmatch(r"[A-Za-z0-9_-]+", sample.key):
                 raise _unusable_key(part.parent, sample.key)
             keys.add(sample.key)
-            row = {name: value for name, value in vars(sample).items() if name not in {"image", "image_format", "extras"}}
-            row["sha256"] = hashlib.sha256(sample.image).hexdigest()
+            row = _said_of(sample) | {"sha256": hashlib.sha256(sample.image).hexdigest()}
             about = {name: value for name, value in row.items() if name != "columns"} | dict(sample.extras)
             writer.write({"__key__": sample.key, sample.image_format: sample.image, "txt": (sample.captions or [""])[0].encode(),
                           "json": json.dumps(about, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()})
             assert not rows or rows[0]["columns"].keys() == sample.columns.keys(), "samples of a shard have the same columns"
             rows.append({**row, **sample.columns})
+
+
+def _said_of(sample: Sample) -> dict[str, Any]:
+    return {name: value for name, value in vars(sample).items() if name not in {"image", "image_format", "extras", "place"}}
+
+
+def _place_of(sample: Sample) -> Place:
+    assert sample.place, "samples of an adopted tar have their places in it"
+    return sample.place
 
 
 def _unusable_key(folder: Path, key: str) -> DataError:

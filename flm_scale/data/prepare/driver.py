@@ -29,6 +29,7 @@ from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions,
 from flm_scale.data.prepare.inputs import Input, open_inputs
 from flm_scale.data.prepare.ledger import FOLDER, Ledger, locked, read_ledger, write_json
 from flm_scale.data.prepare.rewrite import is_whole, settle, settle_shard
+from flm_scale.data.prepare.seen import Seen
 from flm_scale.data.prepare.spec import Spec, difference
 from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
 from flm_scale.data.prepare.status import Display, Meter, State, write_status
@@ -87,7 +88,7 @@ def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptio
         if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
         with locked(folder), _stopped_by_signals():
-            found = _open_inputs(spec, inputs)
+            found = _open_inputs(spec, inputs, Seen(folder / FOLDER / "inputs.seen"))
             if around := next((entry.path for entry in found if folder.is_relative_to(entry.path) and not entry.path.is_relative_to(folder)), None):
                 raise ConfigError(f"--output {folder} lies in --input {around} and would become a part of it; choose another --output")
             _remember(folder / FOLDER / "preparation.json", spec, found)
@@ -97,11 +98,11 @@ def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptio
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; put that right and start the same command again") from error
 
 
-def _open_inputs(spec: Spec, paths: Sequence[Path], *, hashed: bool = True) -> list[Input]:
+def _open_inputs(spec: Spec, paths: Sequence[Path], seen: Seen) -> list[Input]:
     if spec.input.warning:
         print(f"flm: {spec.input.warning}", file=sys.stderr)
     with Console(stderr=True).status("the inputs are read") as line:
-        return open_inputs(spec, paths, hashed=hashed, progress=lambda name: line.update(f"the inputs are read: {name}"))
+        return open_inputs(spec, paths, seen=seen, progress=lambda name: line.update(f"the inputs are read: {name}"))
 
 
 def _remember(file: Path, spec: Spec, inputs: Sequence[Input]) -> None:
@@ -303,7 +304,7 @@ def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetO
     """Prepare some rows from the middle of the input and throw them away; print what all of them would come to."""
     if rows < 1:
         raise ConfigError(f"--rows ({rows}) must be at least 1")
-    found, spec = _open_inputs(spec, inputs, hashed=False), spec.anchored()
+    found, spec = _open_inputs(spec, inputs, Seen(hashed=False)), spec.anchored()
     works, total = plan_work(spec, found), sum(entry.rows for entry in found)
     source = max(range(len(found)), key=lambda number: found[number].rows)
     first = max(0, (found[source].rows - rows) // 2)

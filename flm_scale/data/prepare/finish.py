@@ -7,6 +7,7 @@ simply begun again: it decides the same, and a shard that was done already is le
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,13 +94,16 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
                            preparation=preparation, readme=readme)
     if tokenizer:
         give_tokenizer(dataset)
+    if any((folder / entry.name).is_symlink() for entry in entries):
+        print(f"{folder}: its tars are symbolic links, because the file system gives them no second name; keep what was imported", file=sys.stderr)
     return dataset
 
 
 def library_versions(spec: Spec) -> dict[str, str]:
     """Return what decides bytes beside the spec."""
-    libraries = ["pyarrow", "webdataset", *(["py3langid"] if spec.text.languages else [])]
-    return codec_versions() | {name: version(name) for name in libraries} | {"unicode": unidata_version}
+    libraries = ["pyarrow", *([] if spec.input.adopt else ["webdataset"]), *(["py3langid"] if spec.text.languages else [])]
+    are_decoded = not spec.input.adopt or spec.filter.near_duplicates or spec.filter.forbidden
+    return (codec_versions() if are_decoded else {}) | {name: version(name) for name in libraries} | {"unicode": unidata_version}
 
 
 def find_duplicates(folder: Path, spec: Spec, shards: Sequence[Shard], *, progress: Callable[[str], None] = lambda _: None) -> Duplicates:

@@ -2,6 +2,7 @@
 
     DATASET/ledger/
       preparation.json   the spec and the inputs that everything in the folder was made by
+      inputs.seen        a line a file of the input: size, time of change, sha256, so that the next start need not read it again
       00000.jsonl        a file a driver: started, committed, failed, killed and quarantined attempts, each with its shard, number, node and seconds
       status.json        the newest state, as `flm data status` shows it
       lock               host and process of the driver at work

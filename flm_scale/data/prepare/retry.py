@@ -12,10 +12,10 @@ from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare.driver import committed_shards, opened, remembered, work_through
 from flm_scale.data.prepare.fleet import FleetOptions
 from flm_scale.data.prepare.inputs import Input
-from flm_scale.data.prepare.rewrite import is_whole, read_table, settle_shard
+from flm_scale.data.prepare.rewrite import altered_tars, is_whole, read_table, settle_shard
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.prepare.stages import Work, prepare_shard
-from flm_scale.errors import DataError, did_you_mean
+from flm_scale.errors import DataError, UserError, did_you_mean
 
 
 def retry(folder: Path, *, reason: str, options: FleetOptions) -> bool:
@@ -57,8 +57,21 @@ def _retry_shard(folder: Path, spec: Spec, inputs: Sequence[Input], fates: Colle
 
 
 def repair(folder: Path, *, options: FleetOptions) -> bool:
-    """Make damaged and missing shards again and seal the dataset; False when a shard came to nothing."""
+    """Make damaged and missing shards again and seal the dataset; False when a shard came to nothing.
+
+    Raises DataError for adopted tars that were altered: they are somebody else's.
+    """
     spec, inputs = remembered(folder)
+    try:
+        return _repair(folder, spec, inputs, options)
+    except UserError as error:
+        if not (altered := altered_tars(folder) if spec.input.adopt else []):
+            raise
+        more = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
+        raise DataError(f"{folder}: {altered[0]}{more}; restore that file, or import what is there now into another --output") from error
+
+
+def _repair(folder: Path, spec: Spec, inputs: Sequence[Path], options: FleetOptions) -> bool:
     with opened(inputs, folder, spec, options) as plan:
         committed = committed_shards(plan)
         for name in [name for name in committed if not is_whole(plan.folder, name)]:

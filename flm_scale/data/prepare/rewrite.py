@@ -3,6 +3,7 @@
 A kill at any moment leaves the old shard, the new one, or parts of both that `settle` makes the new one: what stays is never fetched again.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flm_scale.data.index import index_columns, map_index
 from flm_scale.data.manifest import Shard, stats_name
 from flm_scale.data.prepare.rows import quoted
-from flm_scale.data.shards import Sample, read_committed_shard, write_shard
+from flm_scale.data.shards import Adopted, Place, Sample, read_committed_shard, write_shard
 from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import read_json, read_shard
 from flm_scale.errors import DataError
@@ -25,10 +26,15 @@ STAGING = "unfinished_rewrites"
 
 def rewrite_shard(folder: Path, name: str, samples: Iterable[Sample], *, table: "Callable[[], pa.Table]",
                   stats: Callable[[], Mapping[str, Any]]) -> Shard:
-    """Do what `write_shard` does, in place of the shard of that name, which may be read for it; return the new entry."""
+    """Do what `write_shard` does, in place of the shard of that name, which may be read for it; return the new entry.
+
+    An adopted tar stays; only what stands beside it is another.
+    """
     (folder / STAGING).mkdir(exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder / STAGING))
-    entry = write_shard(staging, name, samples, table=table, stats=stats)
+    before = _read_stats(folder, name)
+    adopted = Adopted(folder / name, before["shard"]["bytes"], before["shard"]["sha256"]) if "adopted" in before else None
+    entry = write_shard(staging, name, samples, table=table, stats=stats, adopted=adopted)
     (folder / stats_name(name)).unlink(missing_ok=True)  # from here on the shard is not complete, until the new one is in place
     _move(staging, folder)
     return entry
@@ -59,17 +65,20 @@ def _move(staging: Path, folder: Path) -> None:
 
 
 def read_samples(folder: Path, shard: Shard) -> Iterator[Sample]:
-    """Read a shard of ours back, picture by picture."""
+    """Read a shard of ours back, picture by picture; of an adopted one its index alone, because pictures stay where they are."""
     own = ["key", "captions", "questions", "answers", "concept", "width", "height"]
-    optional = [name for name in map_index(folder, shard).schema.names if name not in {*own, "image_offset", "image_bytes", "sha256"}]
-    columns = index_columns(folder, shard, [*own, *optional])
-    for sample, *values in zip(read_shard(folder / shard.name, expected_bytes=shard.bytes, expected_count=shard.count), *columns, strict=True):
-        of = dict(zip([*own, *optional], values, strict=True))
+    optional = [name for name in map_index(folder, shard).schema.names if name not in {*own, *Place._fields}]
+    rows = (dict(zip([*own, *optional], row, strict=True)) for row in zip(*index_columns(folder, shard, [*own, *optional]), strict=True))
+    said: Iterator[dict[str, Any]] = ({name: of[name] for name in own} | {"columns": {name: of[name] for name in optional}} for of in rows)
+    if "adopted" in _read_stats(folder, shard.name):
+        for about, place in zip(said, map(Place, *index_columns(folder, shard, Place._fields)), strict=True):
+            yield Sample(image=b"", image_format="jpg", place=place, **about)
+        return
+    for about, sample in zip(said, read_shard(folder / shard.name, expected_bytes=shard.bytes, expected_count=shard.count), strict=True):
         extras = read_json(sample.members.pop("json"))[0]
         sample.members.pop("txt")
-        (image_format, image), = sample.members.items()
-        yield Sample(image=image, image_format=image_format, columns={name: of[name] for name in optional},
-                     extras={name: value for name, value in extras.items() if name not in {*own, "sha256"}}, **{name: of[name] for name in own})
+        (about["image_format"], about["image"]), = sample.members.items()
+        yield Sample(extras={name: value for name, value in extras.items() if name not in {*own, "sha256"}}, **about)
 
 
 def read_table(folder: Path, shard: Shard, columns: list[str] | None = None) -> "pa.Table":
@@ -82,6 +91,30 @@ def read_table(folder: Path, shard: Shard, columns: list[str] | None = None) -> 
             return file.read(columns=columns)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{folder / shard.table_name} cannot be read ({quoted(error)}); repair the dataset") from error
+
+
+def altered_tars(folder: Path) -> list[str]:
+    """Return a line for each adopted tar that is gone, or another one by now, where it was found."""
+    lines = []
+    for stats in sorted(folder.glob("*/[!.]*_stats.json")):
+        name = f"{stats.parent.name}/{stats.name.removesuffix('_stats.json')}.tar"
+        try:
+            found = _read_stats(folder, name)
+            tar, before = found["adopted"], found["shard"]["sha256"]
+        except (ValueError, KeyError):  # damaged: the shard is made again
+            continue
+        try:
+            now = file_sha256(Path(tar))
+            problem = f"has the sha256 {now[:12]} and had {before[:12]} when it was imported" if now != before else ""
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+        lines += [f"shard {name} is {tar}, which {problem}"] if problem else []
+    return lines
+
+
+def _read_stats(folder: Path, name: str) -> dict[str, Any]:
+    stats: dict[str, Any] = json.loads((folder / stats_name(name)).read_bytes())
+    return stats
 
 
 def is_whole(folder: Path, name: str) -> bool:

@@ -44,6 +44,10 @@ class Row(NamedTuple):
     answers: tuple[str, ...] = ()
     """One for each question."""
     concept: str = ""
+    key: str = ""
+    """In a tar that stays as it is; elsewhere a row gets one."""
+    offset: int = 0
+    """Of the picture in that tar."""
 
 
 class Part(Protocol):

@@ -67,11 +67,15 @@ class InputConfig(Section):
     """More columns that go along, into the table and the sample's JSON; numbers also into the index, as float32."""
     images: Path | None = Field(None, strict=False)
     """Folder with the pictures of a table or annotation file, by their file names; without it they are fetched."""
+    adopt: bool = False
+    """Keep the tars of kind shards as they are: linked, each one a shard, no picture decoded; flm data import sets it."""
 
     @model_validator(mode="after")
     def _pictures_are_elsewhere(self) -> Self:
         if self.images and self.kind in ("folder", "shards"):
             raise ConfigError(f"input.images ({self.images}) does not go with input.kind {self.kind}, which holds its pictures; clear it")
+        if self.adopt and self.kind != "shards":
+            raise ConfigError(f"input.adopt keeps tars as they are, and input.kind {self.kind} has none; set input.kind shards")
         return self
 
     @property
@@ -105,6 +109,10 @@ class FetchConfig(Section):
     """Fetch from this machine too, for tests."""
     require_hash: bool = False
     """Refuse rows without a sha256 or md5: an address may have changed hands since the table was made."""
+
+
+# Fields of ImageConfig that an adopted tar has no use for.
+REDRAWING = ("size", "mode", "only_if_larger", "format", "quality", "pass_through")
 
 
 class ImageConfig(Section):
@@ -198,6 +206,16 @@ class Spec(Section):
         _ = self.conditions
         return self
 
+    @model_validator(mode="after")
+    def _adopted_tars_stay_as_they_are(self) -> Self:
+        usual = Spec.model_fields["samples_per_shard"].default
+        changed = [f"image.{name} ({getattr(self.image, name)})" for name in REDRAWING if getattr(self.image, name) != getattr(ImageConfig(), name)]
+        changed += [f"samples_per_shard ({self.samples_per_shard})"] if self.samples_per_shard != usual else []
+        if self.input.adopt and changed:
+            raise ConfigError(f"{', '.join(changed)}: tars are kept as they are (input.adopt), so nothing may say how pictures or shards are made; "
+                              "leave that out, or write new tars: flm data prepare --input.kind shards")
+        return self
+
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """The conditions on columns, taken apart. Raises ConfigError."""
@@ -219,6 +237,11 @@ class Spec(Section):
         """Return every value that decides bytes, files by their sha256, as plain JSON. Raises ConfigError when a file cannot be read."""
         values = self.model_dump(mode="json", exclude={"fetch": {"concurrency", "contact"}})
         values["input"]["images"] = self.input.images is not None  # read or fetched; where they lie decides nothing
+        if self.input.adopt:
+            values["image"] = {name: value for name, value in values["image"].items() if name not in REDRAWING}
+            del values["samples_per_shard"]
+        else:
+            del values["input"]["adopt"]  # what was begun before there were adopted tars goes on
         values["filter"]["forbidden"] = _sha256("filter.forbidden", self.filter.forbidden)
         values["tokenizer"] = _sha256("tokenizer", self.tokenizer)
         values["readme"] = _sha256("readme", self.readme)

@@ -11,18 +11,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from flm_scale.data.images import Fitted, fit_image, read_header
+from flm_scale.data.images import FORMATS, Fitted, fit_image, read_header
 from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare.filters import column_fate, keep_captions, perceptual_hash, read_forbidden, size_fate
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import read_samples, read_table, rewrite_shard
 from flm_scale.data.prepare.rows import Row, as_value
 from flm_scale.data.prepare.spec import Spec
-from flm_scale.data.shards import Sample, read_committed_shard, write_shard
+from flm_scale.data.shards import Place, Sample, read_committed_shard, write_shard
 from flm_scale.data.tar import MAX_JSON_BYTES, MAX_SAMPLE_BYTES
 from flm_scale.errors import DataError
 
@@ -72,13 +73,21 @@ class Verdict(NamedTuple):
 
 
 def plan_work(spec: Spec, inputs: Sequence[Input]) -> list[Work]:
-    """Cut the inputs into shards, in order, split by split as they are first named; no shard has rows of two inputs."""
-    size, works = spec.samples_per_shard, list[Work]()
+    """Cut the inputs into shards, in order, split by split as they are first named; no shard has rows of two inputs, or of two adopted tars."""
+    works = list[Work]()
     for split in dict.fromkeys(given.split for given in inputs):
-        runs = [(source, first, min(first + size, given.rows)) for source, given in enumerate(inputs) if given.split == split
-                for first in range(0, given.rows, size)]
+        runs = [(source, first, stop) for source, given in enumerate(inputs) if given.split == split for first, stop in _runs(spec, given)]
         works += [Work(split, number, *run) for number, run in enumerate(runs)]
     return works
+
+
+def _runs(spec: Spec, given: Input) -> list[tuple[int, int]]:
+    """Return first row and end of each shard of an input."""
+    if spec.input.adopt:
+        ends = accumulate(part.rows for part in given.parts)
+        return [(end - part.rows, end) for part, end in zip(given.parts, ends, strict=True) if part.rows]
+    size = spec.samples_per_shard
+    return [(first, min(first + size, given.rows)) for first in range(0, given.rows, size)]
 
 
 def prepare_shard(folder: Path, spec: Spec, inputs: Sequence[Input], work: Work, *, attempt: int, skip: Collection[int] = (),
@@ -98,10 +107,12 @@ def prepare_shard(folder: Path, spec: Spec, inputs: Sequence[Input], work: Work,
         shard.keep(folder, earlier, retry)
         entry = rewrite_shard(folder, work.name, shard.samples(), table=shard.table, stats=lambda: shard.stats(started))
     else:
-        entry = write_shard(folder, work.name, shard.samples(), table=shard.table, stats=lambda: shard.stats(started), attempt=attempt)
+        entry = write_shard(folder, work.name, shard.samples(), table=shard.table, stats=lambda: shard.stats(started), attempt=attempt,
+                            adopted=shard.adopted)
     shard.seconds["write"] = time.perf_counter() - began - sum(shard.seconds.values())
-    return {"name": work.name, "count": entry.count, "rows": work.stop - work.first, "bytes_in": shard.bytes_in, "bytes_out": entry.bytes,
-            "fates": shard.fates, "seconds": {stage: round(seconds, 3) for stage, seconds in shard.seconds.items()}}
+    return {"name": work.name, "count": entry.count, "rows": work.stop - work.first, "bytes_in": shard.bytes_in,
+            "bytes_out": 0 if shard.adopted else entry.bytes, "fates": shard.fates,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in shard.seconds.items()}}
 
 
 class _Shard:
@@ -110,6 +121,8 @@ class _Shard:
     def __init__(self, spec: Spec, source: Input, work: Work, skip: Collection[int], beat: Callable[[int, str], None]) -> None:
         self.spec, self.source, self.work, self.skip, self.beat = spec, source, work, skip, beat
         self.kinds = source.kinds
+        self.adopted = source.tar_at(work.first) if spec.input.adopt else None
+        self.lost: Status = "filtered" if self.adopted else "failed_to_download"  # what a tar has not cannot be had by trying again
         self.rows: list[dict[str, Any]] = [{}] * (work.stop - work.first)
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.bytes_in = self.held = 0
@@ -179,7 +192,7 @@ class _Shard:
         if number in self.skip:
             return [], Verdict("failed_to_resize", "killed_worker")
         if row.fate:
-            return [], Verdict("filtered" if row.fate in TEXT_FATES else "failed_to_download", row.fate)
+            return [], Verdict("filtered" if row.fate in TEXT_FATES else self.lost, row.fate)
         if self.spec.fetch.require_hash and not (row.sha256 or row.md5):
             return [], Verdict("filtered", "no_hash")
         with self._timed("text"):
@@ -194,7 +207,7 @@ class _Shard:
         """Take the file from a tar or a folder."""
         with self._timed("read"):
             data, fate = _read_local(row, self.spec.image.max_bytes)
-        return Verdict("failed_to_download", fate) if fate else self._picture(number, row, captions, data)
+        return Verdict(self.lost, fate) if fate else self._picture(number, row, captions, data)
 
     def _fetched(self, number: int, row: Row, captions: list[str], result: "Response | FetchError") -> Verdict:
         if isinstance(result, Exception):
@@ -216,8 +229,11 @@ class _Shard:
                 size = header.width, header.height
                 if fate := size_fate(*size, image):
                     return Verdict("filtered", fate, sha256=sha256, original_size=size)
-                fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
-                                   quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
+                if self.adopted:
+                    fitted = Fitted(data, next(name for name, kind in FORMATS.items() if kind == header.format), *size, *size)
+                else:
+                    fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
+                                       quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
             with self._timed("hash"):
                 phash = perceptual_hash(fitted.data) if self.spec.filter.near_duplicates or forbidden.perceptual else None
         except (DataError, MemoryError, RuntimeError) as error:
@@ -237,19 +253,22 @@ class _Shard:
         kept = {name: row.columns[name] for name in self.kinds if name not in RESERVED}
         # A missing score is NaN in the index, where every row of a column has a value; JSON leaves it out.
         scores = {name: math.nan if value is None else float(value) for name, value in kept.items() if self.kinds[name] != "str"}
-        return Sample(key=self._key(number), image=fitted.data, image_format=fitted.image_format, captions=captions,
+        return Sample(key=self._key(number, row), image=fitted.data, image_format=fitted.image_format, captions=captions,
                       questions=list(row.questions), answers=list(row.answers), concept=row.concept, width=fitted.width, height=fitted.height,
+                      place=Place(row.offset, len(fitted.data), sha256) if self.adopted else None,
                       columns=about | ({} if phash is None else {"phash": phash}) | scores,
                       extras={"url": row.url} | about | {name: value for name, value in kept.items() if value is not None})
 
-    def _key(self, number: int) -> str:
-        """Number samples through the whole split, as img2dataset does: another split has the same keys."""
+    def _key(self, number: int, row: Row) -> str:
+        """Number samples through the whole split, as img2dataset does, but those of an adopted tar: another split has the same keys."""
+        if row.key:
+            return row.key
         digits = len(str(self.spec.samples_per_shard - 1))
         return f"{self.work.number * 10**digits + number:0{5 + digits}d}"
 
     def _table_row(self, number: int, row: Row, verdict: Verdict) -> dict[str, Any]:
         sample, (width, height) = verdict.sample, verdict.original_size
-        return {"key": self._key(number), "url": row.url or None, "caption": row.captions[0] if row.captions else None, "status": verdict.status,
+        return {"key": self._key(number, row), "url": row.url or None, "caption": row.captions[0] if row.captions else None, "status": verdict.status,
                 "error_message": None if sample else verdict.fate, "width": sample.width if sample else None,
                 "height": sample.height if sample else None, "original_width": width, "original_height": height, "sha256": verdict.sha256 or None,
                 "phash": verdict.phash, **{name: row.columns[name] for name in self.kinds if name not in RESERVED}}
@@ -276,7 +295,8 @@ class _Shard:
         ended = time.time()
         return {"count": len(self.rows), "successes": statuses["success"], "failed_to_download": statuses["failed_to_download"],
                 "failed_to_resize": statuses["failed_to_resize"], "filtered": statuses["filtered"], "duration": ended - started,
-                "start_time": started, "end_time": ended, "status_dict": self.fates, "seconds": dict(self.seconds)}
+                "start_time": started, "end_time": ended, "status_dict": self.fates, "seconds": dict(self.seconds),
+                **({"adopted": str(self.adopted.path)} if self.adopted else {})}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
