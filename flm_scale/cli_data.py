@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from pydantic import ValidationError
 
 from flm_scale.data.prepare.fleet import FleetOptions
-from flm_scale.data.prepare.spec import Spec
+from flm_scale.data.prepare.spec import ScoreConfig, Spec
 from flm_scale.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from flm_scale.score import ShardScorer
 
 Folder = Annotated[Path, tyro.conf.Positional]
 # Several behind one --input, or each behind its own: plain lists would keep the last --input alone.
@@ -75,11 +78,12 @@ def plan_verb(words: Sequence[str]) -> Callable[..., None]:
             rows: that are prepared in earnest, and thrown away, to measure size and time.
             options: who would do the work.
         """
-        from flm_scale.data.prepare.driver import print_plan
+        from flm_scale.data.prepare.estimate import print_plan
 
         if values.input.adopt:
             raise ConfigError("flm data plan: input.adopt writes no picture, so there is little to estimate; leave it out, or: flm data import")
-        print_plan([*chain.from_iterable(inputs)], values, rows=rows, options=options)
+        _check_weights(values.score)
+        print_plan([*chain.from_iterable(inputs)], values, rows=rows, options=options, scorer=_scorer)
 
     return plan_data
 
@@ -101,7 +105,8 @@ def prepare_verb(words: Sequence[str]) -> Callable[..., None]:
         """
         from flm_scale.data.prepare.driver import prepare
 
-        _exit(prepare([*chain.from_iterable(inputs)], output, values, options))
+        _check_weights(values.score)
+        _exit(prepare([*chain.from_iterable(inputs)], output, values, options, scorer=_scorer))
 
     return prepare_data
 
@@ -129,7 +134,8 @@ def import_verb(words: Sequence[str]) -> Callable[..., None]:
 
         if not paths:
             raise ConfigError("flm data import: no tar is named; name tars, or folders of them")
-        _exit(prepare(paths, output, values, options))
+        _check_weights(values.score)
+        _exit(prepare(paths, output, values, options, scorer=_scorer))
 
     return import_data
 
@@ -161,7 +167,7 @@ def data_retry(folder: Folder, *, failed: bool = False, reason: str = "", option
 
     if not failed:
         raise ConfigError(f"flm data retry {folder}: say --failed, and --reason if only some rows are meant")
-    _exit(retry(folder, reason=reason, options=options))
+    _exit(retry(folder, reason=reason, options=options, scorer=_scorer))
 
 
 def data_repair(folder: Folder, *, options: Workers = BY_THIS_MACHINE) -> None:
@@ -173,7 +179,7 @@ def data_repair(folder: Folder, *, options: Workers = BY_THIS_MACHINE) -> None:
     """
     from flm_scale.data.prepare.retry import repair
 
-    _exit(repair(folder, options=options))
+    _exit(repair(folder, options=options, scorer=_scorer))
 
 
 def data_filter(folder: Folder, *, out: Path, where: list[str] = [], keys: Path | None = None, captions_at_least: int = 0) -> None:  # noqa: B006
@@ -255,6 +261,21 @@ def _spec_of(words: Sequence[str]) -> Spec:
         raise ConfigError(f"--spec {named[-1]} cannot be read ({error.strerror}); correct the path") from error
     except ValidationError as error:
         raise ConfigError(f"--spec {named[-1]}: {error.errors()[0]['msg']}; correct the file") from error
+
+
+def _check_weights(config: ScoreConfig) -> None:
+    """Load the model that is to score, if one is: what is wrong with it is said before anything is fetched, and before the folder remembers it."""
+    if config.pretrained:
+        from flm_scale.score import load_scorer
+
+        load_scorer(config, "cpu")
+
+
+def _scorer(config: ScoreConfig, device: Literal["cpu", "cuda"]) -> "ShardScorer":
+    """Return what the preparation's workers score with."""
+    from flm_scale.score import ShardScorer
+
+    return ShardScorer(config, device)
 
 
 def _exit(is_whole: bool) -> None:

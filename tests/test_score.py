@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,15 @@ from PIL import Image
 from flm_scale import score as module
 from flm_scale.cli import main
 from flm_scale.data import shards
+from flm_scale.data.prepare.spec import ScoreConfig
 from flm_scale.data.shards import Dataset, open_dataset, write_dataset
 from flm_scale.data.subset import filter_dataset
 from flm_scale.data.verify import verify
 from flm_scale.errors import CheckpointError, ConfigError, DataError
-from flm_scale.score import score
+from flm_scale.score import load_scorer, score
 from tests.conftest import COLORS, SHAPES, drawn_sample
+from tests.tiny_clip import NAME, TINY, write_weights
 
-NAME = "tiny"
-TINY = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
 UNDECODABLE, WITHOUT_CAPTION = 5, 9
 
 
@@ -36,14 +36,6 @@ def known_to_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def weight_file(tmp_path: Path) -> Path:
     return write_weights(tmp_path / "weights.pt", seed=0)
-
-
-def write_weights(file: Path, *, seed: int) -> Path:
-    import open_clip
-
-    torch.manual_seed(seed)
-    torch.save({"state_dict": open_clip.create_model(NAME).state_dict()}, file)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +90,23 @@ def test_scores_are_open_clips_own_of_the_best_caption(whole: Dataset, weight_fi
     assert step.counts == {"images": 24, "without a score": 2, "of which do not decode": 1}
     assert (step.values["model"], step.values["column"]) == (NAME, "clip_score")
     assert all((made.folder / shard.name).samefile(whole.folder / shard.name) for shard in made.shards())
+
+
+def test_a_score_does_not_depend_on_what_is_scored_beside_it(whole: Dataset, weight_file: Path) -> None:
+    """Kernels are chosen by size, with two threads at the latest; so a few pictures fill a batch up."""
+    config, index = ScoreConfig(model=NAME, pretrained=str(weight_file), batch=16), whole.index("train")
+    captions, scorer = list(index.captions), load_scorer(config, "cpu")
+
+    def scored(numbers: Sequence[int]) -> np.ndarray:
+        return np.concatenate([scores for scores, _ in scorer.scores(index, numbers, [captions[number] for number in numbers])])
+
+    torch.set_num_threads(2)
+    try:
+        together = scored(range(20))
+        assert np.array_equal(scored(range(19, -1, -1))[::-1], together, equal_nan=True)
+        assert np.array_equal(np.concatenate([scored(range(first, first + 5)) for first in range(0, 20, 5)]), together, equal_nan=True)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_killed_scoring_goes_on_and_refuses_other_weights(

@@ -94,6 +94,13 @@ def cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def cluster_gpus() -> int:
+    """Return how many GPUs it has."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def _reach(address: str) -> None:
     """Raise OSError when nobody answers at an address; Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -101,15 +108,17 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
 
 
-def start_actor(kind: type, *arguments: object, labels: Mapping[str, str], threads: Collection[str] = ()) -> Any:  # noqa: ANN401 - Ray's handle
-    """Return the handle of a new actor, which takes a CPU of any node with these labels.
+def start_actor(kind: type, *arguments: object, labels: Mapping[str, str], threads: Collection[str] = (),
+                gpus: int = 0) -> Any:  # noqa: ANN401 - Ray's handle
+    """Return the handle of a new actor, which takes a CPU, and so many GPUs, of any node with these labels.
 
     labels: as in Ray's label selectors.   threads: names of concurrency groups, a thread each beside the one that does all else.
     """
     import ray
 
     # A running actor takes 0 CPUs unless told.
-    options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", "label_selector": dict(labels)}
+    options = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD",
+               "label_selector": dict(labels)}
     remote: Any = ray.remote  # its types know of no groups
     return remote(concurrency_groups=dict.fromkeys(threads, 1))(kind).options(**options).remote(*arguments)
 

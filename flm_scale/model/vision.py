@@ -280,8 +280,8 @@ class Clip(NamedTuple):
     """sha256 of all weights by name."""
 
 
-def load_clip(name: str, pretrained: str, *, device: str) -> Clip:
-    """Return a model with its weights. pretrained: one of its tags, or a file.
+def load_clip(name: str, pretrained: str, *, device: str, options: str = "--") -> Clip:
+    """Return a model with its weights. pretrained: one of its tags, or a file.   options: what the user's begin with, for messages.
 
     Raises ConfigError for a name that open_clip does not have, CheckpointError for weights that cannot be had or do not fit.
     """
@@ -289,14 +289,14 @@ def load_clip(name: str, pretrained: str, *, device: str) -> Clip:
 
     known = open_clip.list_models()
     if name not in known:
-        raise ConfigError(f"--model: open_clip has no model '{name}'{did_you_mean(name, known)}")
-    _check_tag_or_file(name, pretrained, option="--pretrained")
+        raise ConfigError(f"{options}model: open_clip has no model '{name}'{did_you_mean(name, known)}")
+    _check_tag_or_file(name, pretrained, option=f"{options}pretrained")
     try:
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=pretrained, device=device)
         tokenize = open_clip.get_tokenizer(name)
     except (AssertionError, EOFError, KeyError, OSError, RuntimeError, UnpicklingError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"--pretrained ('{pretrained}') does not load into {name}: {reason}") from error
+        raise CheckpointError(f"{options}pretrained ('{pretrained}') does not load into {name}: {reason}") from error
     digest = hashlib.sha256()
     for key, weight in sorted(model.state_dict().items()):
         digest.update(key.encode() + weight.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -8,27 +8,27 @@ import json
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 
+from flm_scale.data.actors import cluster_gpus
 from flm_scale.data.manifest import DATASET, Shard, stats_name
 from flm_scale.data.prepare.finish import finish
 from flm_scale.data.prepare.fleet import Event, Fleet, FleetError, FleetOptions, ray_session
 from flm_scale.data.prepare.inputs import Input, open_inputs
 from flm_scale.data.prepare.ledger import FOLDER, Ledger, locked, read_ledger, write_json
 from flm_scale.data.prepare.rewrite import is_whole, settle, settle_shard
+from flm_scale.data.prepare.scores import MakeScorer, is_scored, score_shard
 from flm_scale.data.prepare.seen import Seen
 from flm_scale.data.prepare.spec import Spec, difference
 from flm_scale.data.prepare.stages import Work, plan_work, prepare_shard
@@ -54,14 +54,25 @@ class Plan(NamedTuple):
     inputs: Sequence[Input]
     works: Sequence[Work]
     options: FleetOptions
+    scorer: MakeScorer | None
 
 
-def prepare(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions) -> bool:
+class _Phase(NamedTuple):
+    """One thing that the fleet does to shards, and by whom."""
+
+    state: Literal["running", "scoring"]
+    doing: Doing[Work]
+    options: FleetOptions
+    on_gpus: bool = False
+
+
+def prepare(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions, *, scorer: MakeScorer | None = None) -> bool:
     """Make the dataset, or what is missing of it. False when shards are in quarantine, which are then named.
 
+    scorer: makes what workers score with; needed where spec.score asks for scores.
     Raises ConfigError when the folder belongs to another spec or input, DataError when another driver is at work there.
     """
-    with opened(inputs, folder, spec, options) as plan:
+    with opened(inputs, folder, spec, options, scorer=scorer) as plan:
         committed = committed_shards(plan)
         todo = [work for work in plan.works if work.name not in committed]
         print(f"{plan.folder}: {len(plan.works):,} shards of {sum(entry.rows for entry in plan.inputs):,} rows, {len(committed):,} of them done",
@@ -81,24 +92,25 @@ def remembered(folder: Path) -> tuple[Spec, list[Path]]:
 
 
 @contextmanager
-def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions) -> Iterator[Plan]:
+def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions, *, scorer: MakeScorer | None) -> Iterator[Plan]:
     """Hold the folder, and open the inputs; what a killed driver left half done there is brought to its end."""
     folder, spec = folder.resolve(), spec.anchored()
     try:
         if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
-        with locked(folder), _stopped_by_signals():
-            found = _open_inputs(spec, inputs, Seen(folder / FOLDER / "inputs.seen"))
+        with locked(folder), stopped_by_signals():
+            found = read_inputs(spec, inputs, Seen(folder / FOLDER / "inputs.seen"))
             if around := next((entry.path for entry in found if folder.is_relative_to(entry.path) and not entry.path.is_relative_to(folder)), None):
                 raise ConfigError(f"--output {folder} lies in --input {around} and would become a part of it; choose another --output")
             _remember(folder / FOLDER / "preparation.json", spec, found)
             settle(folder)
-            yield Plan(folder, spec, found, plan_work(spec, found), options)
+            yield Plan(folder, spec, found, plan_work(spec, found), options, scorer)
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; put that right and start the same command again") from error
 
 
-def _open_inputs(spec: Spec, paths: Sequence[Path], seen: Seen) -> list[Input]:
+def read_inputs(spec: Spec, paths: Sequence[Path], seen: Seen) -> list[Input]:
+    """Open the inputs, and say what the user should know of them."""
     if spec.input.warning:
         print(f"flm: {spec.input.warning}", file=sys.stderr)
     with Console(stderr=True).status("the inputs are read") as line:
@@ -138,26 +150,62 @@ def committed_shards(plan: Plan) -> dict[str, Shard]:
 
 
 def work_through(plan: Plan, todo: Sequence[Work], doing: Doing[Work], committed: Mapping[str, Shard]) -> bool:
-    """Let the fleet do something to shards, and seal the dataset when all are whole; False when some are in quarantine."""
-    attempts, reports = _history(plan, committed)
-    meter = Meter({work.name: work.stop - work.first for work in plan.works}, done={name: reports[name] for name in committed if name in reports})
+    """Let the fleet do something to shards and score them, and seal the dataset when all are whole; False when some are in quarantine."""
     with ray_session(plan.options) if todo else nullcontext():
-        return _follow_and_seal(plan, doing, todo, attempts, meter)
+        meter = _follow_all(plan, _Phase("running", doing, plan.options), todo, committed)
+        if plan.spec.score.pretrained and not meter.quarantined:
+            meter = _score(plan)
+        for shard, reason in meter.quarantined.items():
+            print(f"flm: shard {shard} is in quarantine: {reason}", file=sys.stderr)
+        if meter.quarantined:
+            print(f"flm: {len(meter.quarantined)} of {len(plan.works)} shards are missing; to try them again: flm data repair {plan.folder}",
+                  file=sys.stderr)
+            return False
+        _seal_and_tell(plan, meter)
+    return True
 
 
-def _follow_and_seal(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> bool:
+def _follow_all(plan: Plan, phase: _Phase, todo: Sequence[Work], done: Mapping[str, Shard]) -> Meter:
+    """Bring a phase to its end.   done: the shards that it has nothing to do with any more."""
+    attempts, reports = _history(plan, done)
+    meter = Meter({work.name: work.stop - work.first for work in plan.works}, done={name: reports[name] for name in done if name in reports})
     while todo:
         with _status_at_the_end(plan.folder, meter):
-            raced = _follow(plan, doing, todo, attempts, meter)
+            raced = _follow(plan, phase, todo, attempts, meter)
         # Two workers at one shard may have met servers that answered unlike, and left files of both.
         todo = [work for work in todo if work.name in raced and not is_whole(plan.folder, work.name)]
         attempts = _history(plan, {})[0] if todo else attempts
-    if meter.quarantined:
-        for shard, reason in meter.quarantined.items():
-            print(f"flm: shard {shard} is in quarantine: {reason}", file=sys.stderr)
-        print(f"flm: {len(meter.quarantined)} of {len(plan.works)} shards are missing; to try them again: flm data repair {plan.folder}",
-              file=sys.stderr)
-        return False
+    return meter
+
+
+def _score(plan: Plan) -> Meter:
+    """Have all shards scored that are not, by GPUs where the cluster has some."""
+    assert plan.scorer, "a spec with scores goes with a scorer"
+    committed = committed_shards(plan)
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        is_done = dict(zip(committed, pool.map(partial(is_scored, plan.folder), committed.values()), strict=True))
+    done = {name: shard for name, shard in committed.items() if is_done[name]}
+    todo = [work for work in plan.works if work.name not in done]
+    # Nothing is started twice: the slower rewrite would take the quicker one's counts away.
+    options = replace(plan.options, straggler_seconds=float("inf"))
+    with ray_session(options) if todo else nullcontext():
+        device = _device(options.gpu_workers) if todo else "cpu"
+        doing = partial(score_shard, plan.folder, plan.spec.score.minimum, plan.scorer(plan.spec.score, device))
+        if todo:
+            print(f"{plan.folder}: {len(todo):,} of {len(plan.works):,} shards are scored, on {device}", file=sys.stderr)
+        return _follow_all(plan, _Phase("scoring", doing, options, on_gpus=device == "cuda"), todo, done)
+
+
+def _device(gpu_workers: int | None) -> Literal["cpu", "cuda"]:
+    """Return what to score on, in the cluster that is joined. Raises ConfigError when it has none of the GPUs asked for."""
+    gpus = cluster_gpus()
+    if gpu_workers and not gpus:
+        raise ConfigError(f"--gpu-workers ({gpu_workers}): the Ray cluster has no GPU; leave it out to score on CPUs")
+    return "cuda" if gpus and gpu_workers != 0 else "cpu"
+
+
+def _seal_and_tell(plan: Plan, meter: Meter) -> None:
+    """State the dataset, and say what it has come to."""
     told = 0.0
 
     def alive() -> None:
@@ -167,12 +215,11 @@ def _follow_and_seal(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attem
             write_status(plan.folder, meter.status("sealing"))
 
     alive()
-    dataset = _seal(plan, committed_shards(plan), attempts, alive)
+    dataset = _seal(plan, committed_shards(plan), _history(plan, {})[0], alive)
     kept, prepared = int(dataset.shards().counts.sum()), dataset.manifest.preparation
     write_status(plan.folder, replace(meter.status("done"), kept=kept, fates=prepared.fates if prepared else {}))
     print(f"{plan.folder}: {kept:,} samples in {len(plan.works):,} shards ({dataset.root[:12]}); "
           f"flm data verify {plan.folder} reads every byte again")
-    return True
 
 
 @contextmanager
@@ -185,10 +232,10 @@ def _status_at_the_end(folder: Path, meter: Meter) -> Iterator[None]:
         write_status(folder, meter.status(state))
 
 
-def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> set[str]:
+def _follow(plan: Plan, phase: _Phase, todo: Sequence[Work], attempts: Mapping[str, int], meter: Meter) -> set[str]:
     """Run the fleet to the end, count and write down what happens, and show how it goes; return shards that two workers were at."""
     shown, given_up_in_a_row, raced = 0.0, 0, set[str]()
-    with _fleet(plan, doing, plan.options) as fleet, closing(Ledger(plan.folder)) as ledger, Display() as display:
+    with _fleet(plan, phase.doing, phase.options, on_gpus=phase.on_gpus) as fleet, closing(Ledger(plan.folder)) as ledger, Display() as display:
         for event in fleet.run(todo, first_attempt=lambda work: attempts.get(work.name, 0)):
             if event:
                 meter.take(event)
@@ -200,16 +247,16 @@ def _follow(plan: Plan, doing: Doing[Work], todo: Sequence[Work], attempts: Mapp
                                      "the same command again")
             if time.monotonic() - shown > STATUS_SECONDS:
                 shown = time.monotonic()
-                status = meter.status("running", fleet)
+                status = meter.status(phase.state, fleet)
                 write_status(plan.folder, status)
                 display.show(status)
     return raced
 
 
-def _fleet(plan: Plan, doing: Doing[Any], options: FleetOptions) -> Fleet[Any]:
+def _fleet(plan: Plan, doing: Doing[Any], options: FleetOptions, *, on_gpus: bool = False) -> Fleet[Any]:
     notes = plan.folder / FOLDER / "beats"
     shutil.rmtree(notes, ignore_errors=True)
-    return Fleet(doing, options, folder=notes, risky_stages=RISKY_STAGES)
+    return Fleet(doing, options, folder=notes, risky_stages=RISKY_STAGES, on_gpus=on_gpus)
 
 
 def _note(folder: Path, ledger: Ledger, event: Event[Work]) -> None:
@@ -300,33 +347,8 @@ def _close_all(plan: Plan, attempts: Mapping[str, int], alive: Callable[[], None
     yield from done.values()
 
 
-def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetOptions) -> None:
-    """Prepare some rows from the middle of the input and throw them away; print what all of them would come to."""
-    if rows < 1:
-        raise ConfigError(f"--rows ({rows}) must be at least 1")
-    found, spec = _open_inputs(spec, inputs, Seen(hashed=False)), spec.anchored()
-    works, total = plan_work(spec, found), sum(entry.rows for entry in found)
-    source = max(range(len(found)), key=lambda number: found[number].rows)
-    first = max(0, (found[source].rows - rows) // 2)
-    sample = Work(spec.split, 0, source, first, min(first + rows, found[source].rows))
-    with tempfile.TemporaryDirectory() as folder, _stopped_by_signals():
-        alone = replace(options, workers=1, ray_address="local", labels=())  # the folder is this machine's alone
-        with Fleet(partial(prepare_shard, Path(folder), spec, found), alone, folder=Path(folder, "beats"), risky_stages=RISKY_STAGES) as fleet:
-            last = [event for event in fleet.run([sample]) if event][-1]
-    if last.kind != "done":
-        raise DataError(f"rows {sample.first} to {sample.stop} of {found[source].path} cannot be prepared: {last.reason}")
-    report, share = last.result, total / last.result["rows"]
-    print(f"{total:,} rows in {len(works):,} shards of {spec.samples_per_shard:,} rows")
-    print(f"of {report['rows']:,} rows from the middle: kept {report['count'] / report['rows']:.1%}, " + ", ".join(
-        f"{fate} {count / report['rows']:.1%}" for fate, count in sorted(report["fates"].items(), key=lambda item: -item[1]) if fate != "success"))
-    print(f"about {report['count'] * share:,.0f} samples, {report['bytes_in'] * share / 1e9:,.2f} GB in, "
-          f"{report['bytes_out'] * share / 1e9:,.2f} GB out")
-    print(f"about {timedelta(seconds=round(last.seconds * share / max(options.workers, 1)))} on {max(options.workers, 1)} worker(s) of this kind: "
-          f"{report['rows'] / last.seconds:,.1f} rows/s each, duplicates not looked for")
-
-
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the driver in order: workers are killed, what they have not finished is as if it had not begun."""
 
     received: list[int] = []

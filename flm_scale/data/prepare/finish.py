@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import unidata_version
 
 import numpy as np
@@ -27,10 +27,13 @@ from flm_scale.data.manifest import Shard, replaced, stats_name
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import STAGING, read_samples, read_table, rewrite_shard, settle
 from flm_scale.data.prepare.spec import Spec
-from flm_scale.data.shards import TOKENIZER, Dataset, seal_dataset
+from flm_scale.data.shards import TOKENIZER, Dataset, Sample, seal_dataset
 from flm_scale.data.sidecars import give_tokenizer, read_sidecar, write_sidecar
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Runner = Callable[[Callable[..., Shard], Iterable[tuple[Shard, Mapping[int, str]]]], Iterable[Shard]]
 # The order of places in the input; a place is shard << ROW_BITS | row.
@@ -101,8 +104,9 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
 
 def library_versions(spec: Spec) -> dict[str, str]:
     """Return what decides bytes beside the spec."""
-    libraries = ["pyarrow", *([] if spec.input.adopt else ["webdataset"]), *(["py3langid"] if spec.text.languages else [])]
-    are_decoded = not spec.input.adopt or spec.filter.near_duplicates or spec.filter.forbidden
+    libraries = ["pyarrow", *([] if spec.input.adopt else ["webdataset"]), *(["py3langid"] if spec.text.languages else []),
+                 *(["open_clip_torch"] if spec.score.pretrained else [])]
+    are_decoded = not spec.input.adopt or spec.filter.near_duplicates or spec.filter.forbidden or spec.score.pretrained
     return (codec_versions() if are_decoded else {}) | {name: version(name) for name in libraries} | {"unicode": unidata_version}
 
 
@@ -178,13 +182,17 @@ def drop_duplicates(folder: Path, shard: Shard, fates: Mapping[int, str]) -> Sha
 
     A shard that has lost them already is left as it is, and whoever is killed in between is finished by `settle`.
     """
-    import pyarrow as pa
-
     messages = read_table(folder, shard, ["error_message"])["error_message"].to_pylist() if fates else []
     if all(messages[row] == fate for row, fate in fates.items()):
         return shard
-    table = read_table(folder, shard)
-    keys, statuses = table["key"].to_pylist(), table["status"].to_pylist()
+    return rewrite_without(folder, shard, fates, samples=read_samples(folder, shard), table=read_table(folder, shard))
+
+
+def rewrite_without(folder: Path, shard: Shard, fates: Mapping[int, str], *, samples: Iterable[Sample], table: "pa.Table") -> Shard:
+    """Write a shard anew, of its samples and its table, without the samples of some rows, which get these fates; return its entry."""
+    import pyarrow as pa
+
+    keys, statuses, messages = (table[name].to_pylist() for name in ("key", "status", "error_message"))
     gone = {keys[row] for row in fates}
     for row, fate in fates.items():
         statuses[row], messages[row] = "filtered", fate
@@ -193,5 +201,5 @@ def drop_duplicates(folder: Path, shard: Shard, fates: Mapping[int, str]) -> Sha
     stats = json.loads((folder / stats_name(shard.name)).read_bytes())
     counts = Counter(message or "success" for message in messages)
     stats |= {"successes": counts["success"], "filtered": statuses.count("filtered"), "status_dict": dict(sorted(counts.items()))}
-    left = (sample for sample in read_samples(folder, shard) if sample.key not in gone)
+    left = (sample for sample in samples if sample.key not in gone)
     return rewrite_shard(folder, shard.name, left, table=lambda: table, stats=lambda: stats)

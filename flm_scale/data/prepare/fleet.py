@@ -23,6 +23,7 @@ from flm_scale.data.actors import (
     arrived,
     cluster_address,
     cluster_cpus,
+    cluster_gpus,
     joined_ray,
     kill_actor,
     start_actor,
@@ -54,6 +55,8 @@ class FleetOptions:
     """Of a running Ray cluster; empty takes RAY_ADDRESS, or else starts Ray on this machine."""
     labels: tuple[str, ...] = ()
     """NAME=VALUE that a worker's node must have, as in Ray's label selectors: role=data, or role=!gpu to stay off the GPU hosts."""
+    gpu_workers: int | None = None
+    """Workers that score, a GPU each, wherever one is; None takes every GPU of the cluster. 0, or a cluster without any, has the others score."""
     row_seconds: float = 300.0
     """Without a sign of progress, after which a worker is replaced."""
     task_seconds: float = 4 * 3600.0
@@ -64,9 +67,9 @@ class FleetOptions:
     """What a worker may ask for beyond what it has when it starts, in 10**9 bytes: a decoder that wants more gets an error, and the node lives."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or min(self.row_seconds, self.task_seconds, self.memory_gb) <= 0:
-            raise ConfigError(f"--workers ({self.workers}) must be 0 or more; --row-seconds ({self.row_seconds}), --task-seconds "
-                              f"({self.task_seconds}) and --memory-gb ({self.memory_gb}) above 0")
+        if min(self.workers, self.gpu_workers or 0) < 0 or min(self.row_seconds, self.task_seconds, self.memory_gb) <= 0:
+            raise ConfigError(f"--workers ({self.workers}) and --gpu-workers ({self.gpu_workers}) must be 0 or more; --row-seconds "
+                              f"({self.row_seconds}), --task-seconds ({self.task_seconds}) and --memory-gb ({self.memory_gb}) above 0")
 
     @property
     def label_selector(self) -> dict[str, str]:
@@ -146,13 +149,14 @@ def ray_session(options: FleetOptions) -> Iterator[None]:
 class Fleet(Generic[T]):
     """The pool; a context manager, which starts Ray on this machine or joins a cluster."""
 
-    def __init__(self, work: Work[T], options: FleetOptions, *, folder: Path, risky_stages: Collection[str] = ()) -> None:
+    def __init__(self, work: Work[T], options: FleetOptions, *, folder: Path, risky_stages: Collection[str] = (), on_gpus: bool = False) -> None:
         """folder: for the workers' notes, on a file system that all nodes share.
 
-        risky_stages: at which a row, and not its task, is at fault for a death.
+        risky_stages: at which a row, and not its task, is at fault for a death.   on_gpus: of `gpu_workers`, whatever the labels of their nodes.
         """
-        self.options, self.workers, self._work, self._folder, self._risky = options, options.workers, work, folder, frozenset(risky_stages)
-        self._labels = options.label_selector
+        self.options, self._work, self._folder, self._risky = options, work, folder, frozenset(risky_stages)
+        self._wanted, self._labels = (options.gpu_workers or 0, {}) if on_gpus else (options.workers, options.label_selector)
+        self.workers, self._on_gpus = self._wanted, on_gpus
         self._hands: list[_Hand[T]] = []
         self._waiting: deque[_Entry[T]] = deque()
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
@@ -173,9 +177,9 @@ class Fleet(Generic[T]):
         self._stack.close()
 
     def _count_workers(self) -> None:
-        """Take every CPU that the cluster has by now, unless told how many: nodes come and go."""
-        if not self.options.workers and time.monotonic() - self._counted > COUNT_SECONDS:
-            self.workers, self._counted = cluster_cpus(), time.monotonic()
+        """Take every CPU, or GPU, that the cluster has by now, unless told how many: nodes come and go."""
+        if not self._wanted and time.monotonic() - self._counted > COUNT_SECONDS:
+            self.workers, self._counted = max(1, cluster_gpus()) if self._on_gpus else cluster_cpus(), time.monotonic()
 
     @property
     def ready(self) -> int:
@@ -238,7 +242,8 @@ class Fleet(Generic[T]):
 
     def _start_worker(self) -> "_Hand[T]":
         memory_bytes = int(self.options.memory_gb * 1e9)
-        return self._ask(_Hand(start_actor(Worker, self._work, self._folder, memory_bytes, labels=self._labels, threads=["pulse"])))
+        return self._ask(_Hand(start_actor(Worker, self._work, self._folder, memory_bytes, labels=self._labels, threads=["pulse"],
+                                           gpus=int(self._on_gpus))))
 
     def _ask(self, hand: "_Hand[T]") -> "_Hand[T]":
         hand.pulse, hand.asked = hand.actor.pulse.options(concurrency_group="pulse").remote(), time.monotonic()

@@ -13,19 +13,20 @@ from flm_scale.data.prepare.driver import committed_shards, opened, remembered, 
 from flm_scale.data.prepare.fleet import FleetOptions
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import altered_tars, is_whole, read_table, settle_shard
+from flm_scale.data.prepare.scores import MakeScorer
 from flm_scale.data.prepare.spec import Spec
 from flm_scale.data.prepare.stages import Work, prepare_shard
 from flm_scale.errors import DataError, UserError, did_you_mean
 
 
-def retry(folder: Path, *, reason: str, options: FleetOptions) -> bool:
+def retry(folder: Path, *, reason: str, options: FleetOptions, scorer: MakeScorer | None = None) -> bool:
     """Fetch rows again that could not be fetched, all or those lost to a reason; False when a shard came to nothing.
 
-    Raises DataError when the dataset is not whole, or nothing was lost to that reason.
+    scorer: as for `prepare`. Raises DataError when the dataset is not whole, or nothing was lost to that reason.
     """
     spec, inputs = remembered(folder)
     # Nothing is started twice: the slower one would take the quicker one's counts away.
-    with opened(inputs, folder, spec, replace(options, straggler_seconds=float("inf"))) as plan:
+    with opened(inputs, folder, spec, replace(options, straggler_seconds=float("inf")), scorer=scorer) as plan:
         committed = committed_shards(plan)
         if len(committed) < len(plan.works):
             raise DataError(f"{folder}: {len(plan.works) - len(committed)} of {len(plan.works)} shards are missing; first: flm data repair {folder}")
@@ -56,14 +57,14 @@ def _retry_shard(folder: Path, spec: Spec, inputs: Sequence[Input], fates: Colle
     return prepare_shard(folder, spec, inputs, work, attempt=attempt, skip=skip, retry=fates, beat=beat)
 
 
-def repair(folder: Path, *, options: FleetOptions) -> bool:
+def repair(folder: Path, *, options: FleetOptions, scorer: MakeScorer | None = None) -> bool:
     """Make damaged and missing shards again and seal the dataset; False when a shard came to nothing.
 
-    Raises DataError for adopted tars that were altered: they are somebody else's.
+    scorer: as for `prepare`. Raises DataError for adopted tars that were altered: they are somebody else's.
     """
     spec, inputs = remembered(folder)
     try:
-        return _repair(folder, spec, inputs, options)
+        return _repair(folder, spec, inputs, options, scorer)
     except UserError as error:
         if not (altered := altered_tars(folder) if spec.input.adopt else []):
             raise
@@ -71,8 +72,8 @@ def repair(folder: Path, *, options: FleetOptions) -> bool:
         raise DataError(f"{folder}: {altered[0]}{more}; restore that file, or import what is there now into another --output") from error
 
 
-def _repair(folder: Path, spec: Spec, inputs: Sequence[Path], options: FleetOptions) -> bool:
-    with opened(inputs, folder, spec, options) as plan:
+def _repair(folder: Path, spec: Spec, inputs: Sequence[Path], options: FleetOptions, scorer: MakeScorer | None) -> bool:
+    with opened(inputs, folder, spec, options, scorer=scorer) as plan:
         committed = committed_shards(plan)
         for name in [name for name in committed if not is_whole(plan.folder, name)]:
             print(f"flm: shard {name} is damaged and made again", file=sys.stderr)

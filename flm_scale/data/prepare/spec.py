@@ -20,6 +20,8 @@ from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import MAX_SAMPLES
 from flm_scale.errors import ConfigError
 
+SCORE = "clip_score"
+"""The column that ScoreConfig is about, and the fate of what is below its minimum."""
 Preset = Literal["img2dataset", "laion", "re-laion", "laion-coco", "datacomp", "coyo", "cc3m", "cc12m"]
 
 
@@ -168,6 +170,30 @@ class FilterConfig(Section):
     """File of sha256 sums (64 hexadecimal digits, of the original bytes) or perceptual hashes (16), one a line: pictures of an evaluation, say."""
 
 
+class ScoreConfig(Section):
+    """How well pictures and captions go together, by an open_clip model: a column `clip_score`, the cosine of a picture and its best caption."""
+
+    model: str = "ViT-B-32"
+    """open_clip's name; OpenAI's weights in a file want the name with -quickgelu."""
+    pretrained: str = ""
+    """A tag of the model, which is fetched, or a file of weights, on every node; without one nothing is scored."""
+    minimum: float | None = Field(None, ge=-1, le=1)
+    """Pictures with captions that score less are rejected, compared as float32; LAION-400M took 0.3. None keeps all and their scores."""
+    batch: int = Field(64, ge=1)
+    """Pictures, and captions, that go through the model together. Another number gives other last bits."""
+
+    @model_validator(mode="after")
+    def _minimum_has_scores(self) -> Self:
+        if self.minimum is not None and not self.pretrained:
+            raise ConfigError(f"score.minimum ({self.minimum}) needs scores, and nothing is scored; set score.pretrained, or leave the minimum out")
+        return self
+
+    @property
+    def file(self) -> Path | None:
+        """The file of weights; None for a tag."""
+        return Path(self.pretrained) if self.pretrained and Path(self.pretrained).is_file() else None
+
+
 class Condition(NamedTuple):
     """One of FilterConfig.where."""
 
@@ -194,6 +220,7 @@ class Spec(Section):
     image: ImageConfig = ImageConfig()
     text: TextConfig = TextConfig()
     filter: FilterConfig = FilterConfig()
+    score: ScoreConfig = ScoreConfig()
     tokenizer: Path | None = Field(None, strict=False)
     """Model file of the dataset's tokenizer; without one, train it afterwards (flm tokenizer train)."""
     readme: Path | None = Field(None, strict=False)
@@ -216,6 +243,12 @@ class Spec(Section):
                               "leave that out, or write new tars: flm data prepare --input.kind shards")
         return self
 
+    @model_validator(mode="after")
+    def _there_is_one_score(self) -> Self:
+        if self.score.pretrained and SCORE in self.kept_columns:
+            raise ConfigError(f"{SCORE} is the column that score.pretrained makes, so the input's cannot be kept or compared; leave one of them out")
+        return self
+
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """The conditions on columns, taken apart. Raises ConfigError."""
@@ -230,7 +263,8 @@ class Spec(Section):
         """Return the same values with absolute paths: workers, and whoever repairs the dataset later, stand in other folders."""
         given = self.input.model_copy(update={"images": self.input.images and self.input.images.resolve()})
         rules = self.filter.model_copy(update={"forbidden": self.filter.forbidden and self.filter.forbidden.resolve()})
-        return self.model_copy(update={"input": given, "filter": rules, "tokenizer": self.tokenizer and self.tokenizer.resolve(),
+        weights = self.score.model_copy(update={"pretrained": str(self.score.file.resolve()) if self.score.file else self.score.pretrained})
+        return self.model_copy(update={"input": given, "filter": rules, "score": weights, "tokenizer": self.tokenizer and self.tokenizer.resolve(),
                                        "readme": self.readme and self.readme.resolve()})
 
     def decisive(self) -> dict[str, Any]:
@@ -243,6 +277,10 @@ class Spec(Section):
         else:
             del values["input"]["adopt"]  # what was begun before there were adopted tars goes on
         values["filter"]["forbidden"] = _sha256("filter.forbidden", self.filter.forbidden)
+        if self.score.file:
+            values["score"]["pretrained"] = _sha256("score.pretrained", self.score.file)
+        elif not self.score.pretrained:
+            del values["score"]  # nothing is scored
         values["tokenizer"] = _sha256("tokenizer", self.tokenizer)
         values["readme"] = _sha256("readme", self.readme)
         return values

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from stat import S_ISREG
@@ -22,7 +23,7 @@ from flm_scale.data.prepare.filters import column_fate, keep_captions, perceptua
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import read_samples, read_table, rewrite_shard
 from flm_scale.data.prepare.rows import Row, as_value
-from flm_scale.data.prepare.spec import Spec
+from flm_scale.data.prepare.spec import SCORE, Spec
 from flm_scale.data.shards import Place, Sample, read_committed_shard, write_shard
 from flm_scale.data.tar import MAX_JSON_BYTES, MAX_SAMPLE_BYTES
 from flm_scale.errors import DataError
@@ -133,7 +134,8 @@ class _Shard:
         """Take rows of the table, and their samples, as they are in a shard that was prepared before, unless their fate is to be tried again."""
         self.kept = {number: row for number, row in enumerate(read_table(folder, shard).to_pylist())
                      if row["status"] != "failed_to_download" or row["error_message"] not in retry}
-        self.kept_samples = read_samples(folder, shard)
+        samples = read_samples(folder, shard)
+        self.kept_samples = map(_unscored, samples) if self.spec.score.pretrained else samples
 
     def samples(self) -> Iterator[Sample]:
         """Yield what stays, in the order of the input; what finishes earlier waits."""
@@ -282,6 +284,8 @@ class _Shard:
         schema = [(name, text) for name in ("key", "url", "caption", "status", "error_message")]
         schema += [(name, side) for name in ("width", "height", "original_width", "original_height")] + [("sha256", text), ("phash", pa.uint64())]
         schema += [(name, kinds[kind]) for name, kind in self.kinds.items() if name not in RESERVED]
+        if self.spec.score.pretrained and any(SCORE in row for row in self.kept.values()):
+            schema.append((SCORE, pa.float32()))
         return pa.Table.from_pylist(self.rows, schema=pa.schema(schema))
 
     @property
@@ -314,6 +318,11 @@ def _open_fetcher(spec: Spec) -> "Fetcher":
                          user_agent=f"{USER_AGENT} {spec.fetch.contact}".rstrip())
     retries = {"dns": spec.fetch.dns_retries, "timeout": spec.fetch.timeout_retries, "server": spec.fetch.server_retries}
     return Fetcher(concurrency=spec.fetch.concurrency, limits=limits, retries=retries)
+
+
+def _unscored(sample: Sample) -> Sample:
+    """Take the score away: all samples of a shard have the same columns, and new ones have none yet. The table keeps it until they do."""
+    return replace(sample, columns={name: value for name, value in sample.columns.items() if name != SCORE})
 
 
 def _request(row: Row) -> "Request":

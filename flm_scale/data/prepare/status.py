@@ -27,7 +27,8 @@ WINDOW_SECONDS, PLAIN_LINE_SECONDS, SILENT_SECONDS = 60.0, 10.0, 30.0
 ALARM_ROWS, ALARM_SHARE = 1000, 0.4
 NETWORK = frozenset({"dns", "refused", "timeout", "disconnected", "tls", "http_403", "http_429", "http_503"})
 """Fates that, when they come in masses, are about our own name server, line or address and not about the rows."""
-State = Literal["running", "sealing", "done", "failed", "stopped"]
+State = Literal["running", "scoring", "sealing", "done", "failed", "stopped"]
+AT_WORK: tuple[State, ...] = ("running", "scoring", "sealing")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Status:
     shards_done: int
     rows: int
     rows_done: int
-    """Those of the shards at work included."""
+    """Those of the shards at work included. While it is scoring, these are shards and rows that are scored."""
     kept: int = 0
     """Samples in finished shards."""
     fates: dict[str, int] = field(default_factory=dict)
@@ -121,7 +122,8 @@ class Meter:
             stage_seconds={stage: round(spent, 1) for stage, spent in self._stage_seconds.most_common()}, retries=self._retries,
             quarantined=dict(self.quarantined),
             stragglers=[beat._asdict() for beat in beats if beat.task_seconds > fleet.straggler_seconds] if fleet else [],
-            seconds_left=round((total - rows_done) / speed, 1) if speed else None, alarm=self._alarm() or _idle(fleet, now - self._started))
+            seconds_left=round((total - rows_done) / speed, 1) if speed else None,
+            alarm=("" if state == "scoring" else self._alarm()) or _idle(fleet, now - self._started))
 
     def _at_work(self, beats: Iterable[Beat]) -> int:
         """Return the rows that unfinished shards have come to; of two attempts the further one counts."""
@@ -144,7 +146,7 @@ class Meter:
 
 def _idle(fleet: Fleet[Any] | None, seconds: float) -> str:
     if fleet and not fleet.ready and seconds > WINDOW_SECONDS:
-        return f"no worker has started for {seconds:.0f} s: the cluster has no free CPU, or no node with the labels asked for"
+        return f"no worker has started for {seconds:.0f} s: the cluster has no free CPU or GPU, or no node with the labels asked for"
     return ""
 
 
@@ -160,7 +162,7 @@ def read_status(folder: Path) -> Status:
         status = Status(**json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} tells of no preparation ({file} cannot be read); begin: flm data prepare --input X --output {folder}") from error
-    if status.state in ("running", "sealing") and time.time() - status.time > SILENT_SECONDS:
+    if status.state in AT_WORK and time.time() - status.time > SILENT_SECONDS:
         alarm = f"its driver has been silent for {timedelta(seconds=round(time.time() - status.time))}: start the same command again, it goes on"
         return replace(status, state="stopped", workers=0, stragglers=[], seconds_left=None, alarm=alarm)
     return status
@@ -172,7 +174,7 @@ def as_text(status: Status) -> str:
     first = (f"{status.state}  shards {status.shards_done:,}/{status.shards:,}  rows {status.rows_done:,}/{status.rows:,}  "
              f"kept {status.kept / finished:.1%}  retries {status.retries}  quarantined {len(status.quarantined)}")
     lines = [first]
-    if status.state == "running":
+    if status.state in ("running", "scoring"):
         left = "?" if status.seconds_left is None else timedelta(seconds=round(status.seconds_left))
         lines[0] += f"  {status.rows_per_s:,.0f} rows/s  {left} left"
         lines.append(f"{status.images_per_s_per_core:,.0f} images/s/core on {status.workers}/{status.workers_wanted} workers  "
@@ -195,7 +197,7 @@ def as_prometheus(status: Status) -> str:
     """Return gauges in Prometheus' text format, as its node exporter collects them from files. Source: Exposition formats, version 0.0.4."""
     plain = {name: value for name, value in asdict(status).items() if isinstance(value, int | float)}
     plain |= {"quarantined": len(status.quarantined), "stragglers": len(status.stragglers), "alarm": int(bool(status.alarm)),
-              "running": int(status.state in ("running", "sealing"))}
+              "running": int(status.state in AT_WORK)}
     lines = [line for name, value in plain.items() for line in (f"# TYPE flm_prepare_{name} gauge", f"flm_prepare_{name} {value}")]
     for name, label, values in (("fate_rows", "fate", status.fates), ("stage_seconds", "stage", status.stage_seconds)):
         lines += [f"# TYPE flm_prepare_{name} gauge"] if values else []
@@ -211,7 +213,7 @@ def show_status(folder: Path, *, form: Literal["text", "json", "prometheus"], wa
     while True:
         status = read_status(folder)
         print(FORMATS[form](status), flush=True)
-        if not watch or status.state not in ("running", "sealing"):
+        if not watch or status.state not in AT_WORK:
             return
         time.sleep(2)
 

@@ -125,7 +125,7 @@ def test_workers_that_never_start_are_an_error_and_not_a_wait(pool: Fleet[Job], 
         events_of(fleet, [Job("never", tmp_path)])
 
 
-@pytest.mark.parametrize("values", [{"workers": -1}, {"row_seconds": 0.0}, {"memory_gb": 0.0}])
+@pytest.mark.parametrize("values", [{"workers": -1}, {"gpu_workers": -1}, {"row_seconds": 0.0}, {"memory_gb": 0.0}])
 def test_options_that_no_worker_could_live_with_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be 0 or more"):
         FleetOptions(**values)

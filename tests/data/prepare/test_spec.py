@@ -1,10 +1,11 @@
 """The spec: what decides bytes is in its hash, what does not is not, and a difference is told by name."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flm_scale.data.prepare.spec import PRESETS, Columns, FilterConfig, InputConfig, Preset, Spec, difference
+from flm_scale.data.prepare.spec import PRESETS, Columns, FilterConfig, InputConfig, Preset, ScoreConfig, Spec, difference
 from flm_scale.errors import ConfigError
 
 
@@ -40,6 +41,32 @@ def test_workers_and_places_on_a_disk_are_not_in_the_hash_but_the_content_of_fil
     one.unlink()
     with pytest.raises(ConfigError, match=r"filter\.forbidden \(.*one\) cannot be read \(No such file"):
         _ = spec.hash
+
+
+def test_scores_decide_by_the_content_of_their_weights_and_nothing_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    for file in (one, other):
+        file.write_bytes(b"weights")
+    spec = Spec(score=ScoreConfig(pretrained=str(one)))
+    assert spec.hash == Spec(score=ScoreConfig(pretrained=str(other))).hash != Spec().hash
+    assert Spec(score=ScoreConfig(model="ViT-L-14", batch=3)).hash == Spec().hash
+    monkeypatch.chdir(tmp_path)
+    assert Spec(score=ScoreConfig(pretrained="one.pt")).anchored().score.pretrained == str(one)
+    assert Spec(score=ScoreConfig(pretrained="openai")).anchored().decisive()["score"]["pretrained"] == "openai"
+    before = spec.decisive()
+    one.write_bytes(b"other weights")
+    assert [line.partition(" was ")[0] for line in difference(before, spec.decisive())] == ["score.pretrained"]
+    assert difference(before, spec.replace(score=spec.score.replace(minimum=0.25)).decisive())[0] == "score.minimum was null, is 0.25"
+
+
+@pytest.mark.parametrize(("build", "problem"), [
+    (lambda: ScoreConfig(minimum=0.3), r"score\.minimum \(0\.3\) needs scores, .*; set score\.pretrained"),
+    (lambda: ScoreConfig(pretrained="openai", minimum=28), r"ScoreConfig\.minimum \(28\): .* less than or equal to 1"),
+    (lambda: Spec(score=ScoreConfig(pretrained="openai"), input=InputConfig(keep=("clip_score",))), "is the column that score.pretrained makes"),
+    (lambda: Spec(score=ScoreConfig(pretrained="openai"), filter=FilterConfig(where=("clip_score>=0.3",))), "leave one of them out")])
+def test_scores_that_nobody_makes_or_two_do_are_refused(build: Callable[[], object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        build()
 
 
 @pytest.mark.parametrize("where", ["similarity", ">=3", "similarity>=high", "similarity>=0.3,0.4", "a b>=1"])

@@ -11,7 +11,7 @@ import pytest
 
 from flm_scale.data.prepare.fleet import Event
 from flm_scale.data.prepare.ledger import FOLDER
-from flm_scale.data.prepare.status import Meter, as_json, as_prometheus, as_text, read_status, write_status
+from flm_scale.data.prepare.status import Meter, State, as_json, as_prometheus, as_text, read_status, write_status
 from flm_scale.errors import DataError
 
 
@@ -65,6 +65,18 @@ def test_a_table_of_dead_links_is_no_alarm() -> None:
     assert not meter.status("running").alarm
 
 
+def test_scoring_is_work_like_any_other_and_raises_no_alarm_for_what_was_fetched_before() -> None:
+    meter = meter_of(4)
+    for number in range(3):
+        meter.take(done(number, success=100, dns=400))
+    assert meter.status("running").alarm
+    status = meter.status("scoring")
+    assert not status.alarm
+    assert as_text(status).startswith("scoring  shards 3/4  rows 1,500/2,000  kept 20.0%  retries 0  quarantined 0  ")
+    assert " rows/s " in as_text(status)
+    assert "\nflm_prepare_running 1" in as_prometheus(status)
+
+
 def test_prometheus_gets_lines_of_its_format_and_json_what_it_was_made_of() -> None:
     meter = meter_of(2)
     meter.take(done(0, success=400, dns=100))
@@ -75,9 +87,10 @@ def test_prometheus_gets_lines_of_its_format_and_json_what_it_was_made_of() -> N
     assert type(status)(**json.loads(as_json(status))) == status
 
 
-def test_a_driver_that_was_killed_is_told_from_one_at_work(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["running", "scoring"])
+def test_a_driver_that_was_killed_is_told_from_one_at_work(tmp_path: Path, state: State) -> None:
     (tmp_path / FOLDER).mkdir()
-    status = meter_of(2).status("running")
+    status = meter_of(2).status(state)
     write_status(tmp_path, status)
     assert read_status(tmp_path) == status
     write_status(tmp_path, replace(status, time=time.time() - 90))
