@@ -29,14 +29,21 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from flm_scale.config import AugmentConfig
+from flm_scale.config import AugmentConfig, DataConfig
 from flm_scale.data.augment import decode_augmented
 from flm_scale.data.images import centre_square, codec_versions, decode_image, fit_image
+from flm_scale.data.loader import Loader
 from flm_scale.data.order import keyed_rng
 from flm_scale.data.shards import Sample, write_dataset
+from flm_scale.data.sidecars import give_tokenizer
+from flm_scale.data.tokens import train_tokenizer
+from flm_scale.objectives.objective import build_objective
+from flm_scale.recipes import flm_1b, flm_base
 
 CONSOLE = Console(width=150)
 TARGET, CROP = 256, 224
+FED, GPU_RATE = 2048, 1000
+"""Pictures of the dataset that micro-batches are made of, and how many a second a GPU is taken to want."""
 BICUBIC = Image.Resampling.BICUBIC
 Ways = dict[str, Callable[[int], object]]
 """What each does with the picture of a number."""
@@ -172,6 +179,34 @@ def load(pictures: list[bytes], *, rounds: int) -> None:
         (decode_image(data, size=CROP).transpose(1, 2, 0), exact(data, width=CROP, height=CROP, square=True)) for data in pictures]})
 
 
+def feed(pictures: list[bytes], *, rounds: int) -> None:
+    """Make whole micro-batches as training gets them, read, decoded, corrupted and packed, on one core."""
+    table = Table("recipe", "pixels", "micro-batch", "micro-batches/s/core", "pictures/s/core", f"cores for {GPU_RATE:,} pictures/s",
+                  title="packed micro-batches")
+    words = [f"{word}{number}" for word in ("a", "big", "red", "old", "dog", "on", "the", "grass", "near", "house") for number in range(60)]
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        samples = [Sample(f"{number:05d}", pictures[number % len(pictures)], "jpg", [" ".join(rng.choice(words, 8))], [], [], "", 0, 0)
+                   for number in range(FED)]
+        dataset = write_dataset(Path(folder) / "data", name="bench", sources=[], splits={"train": samples}, readme="")
+        train_tokenizer(words * 3, vocab_size=2000, model_file=dataset.tokenizer_file)
+        tokenizer = give_tokenizer(dataset)
+        for recipe in (flm_base, flm_1b):
+            run = recipe().replace(data=DataConfig(path=dataset.writable_folder, workers=0))
+            objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
+            loader = Loader(run, [dataset], tokenizer, objective, size=run.batch.micro_batches)
+            loader.next_step()
+            made, started = 0, time.process_time()
+            for _ in range(rounds):
+                (batch,) = loader.next_step()
+                made += len(batch.keys)
+            seconds = time.process_time() - started
+            size = run.vision.image_size
+            table.add_row(run.name, f"{size} x {size}", f"{made / rounds:.0f} pictures", f"{rounds / seconds:.1f}", f"{made / seconds:.0f}",
+                          f"{GPU_RATE * seconds / made:.2f}")
+    CONSOLE.print(table)
+
+
 def main(*, photos: Path, img2dataset: Path | None = None, rounds: int = 20) -> None:
     """Print the tables.
 
@@ -186,6 +221,7 @@ def main(*, photos: Path, img2dataset: Path | None = None, rounds: int = 20) -> 
     for name in ("large", "near"):
         prepare(name, sets[name], venv=img2dataset, rounds=rounds)
     load(sets["prepared"], rounds=rounds)
+    feed(sets["prepared"], rounds=rounds)
 
 
 if __name__ == "__main__":
