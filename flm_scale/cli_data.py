@@ -52,12 +52,12 @@ def data_verify(folder: Annotated[str, tyro.conf.Positional], *, fast: tyro.conf
         fast: sizes and the heads of files alone.
         full: every byte, as without a flag.
     """
-    from flm_scale.data.shards import open_dataset
+    from flm_scale.data.shards import open_unchecked
     from flm_scale.data.verify import verify
 
     if fast and full:
         raise ConfigError("--fast and --full exclude each other; give one of them")
-    dataset = open_dataset(folder)
+    dataset = open_unchecked(folder)
     if problems := verify(dataset, fast=fast):
         raise DataError(f"{folder}: {'; '.join(problems)}; restore what is named, or if it was prepared: flm data repair {folder}")
     print(f"{folder}: every file {'has the size' if fast else 'is as'} the dataset states ({dataset.root[:12]})")

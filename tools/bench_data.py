@@ -5,35 +5,48 @@ Lengths are drawn and stand in a file, mapped into memory as token sidecars woul
 LAION-400M. "Held" is memory that the process alone can give back; pages of the file, which the kernel drops when it wants them, stand beside it.
 The dataset that is opened has real indexes and token ids, and tars that are holes of the right size.
 
-    python -m tools.bench_data [--samples 400000000] [--shards 41000] [--seeks 100] [--opened 1000000] [--folder DIR]
+Last, what reading from an object store costs: JPEGs of 24.6 KB from a server on loopback, windows of 16 chunks so that several pass. CPU time is that
+of the trainer and its decoding processes, over nine tenths of an epoch with an empty cache. The server takes cores too, more for more requests, so
+pictures a second say little where cores are few.
+
+    python -m tools.bench_data [--samples 400000000] [--shards 41000] [--seeks 100] [--opened 1000000] [--stored 8192] [--folder DIR]
 """
 
 import hashlib
+import io
 import multiprocessing
+import os
+import resource
 import statistics
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from flm_scale.config import BatchConfig, DataConfig
+from flm_scale.data import ahead, loader, order
 from flm_scale.data.index import write_index
 from flm_scale.data.loader import Loader, costs_of, open_mixture
 from flm_scale.data.manifest import Shard
 from flm_scale.data.order import Costs, Shuffle
-from flm_scale.data.shards import seal_dataset
+from flm_scale.data.shards import Dataset, Sample, seal_dataset, write_shard
 from flm_scale.data.sidecars import write_sidecars
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.objectives.objective import build_objective
-from flm_scale.recipes import flm_1b
+from flm_scale.recipes import RECIPES, flm_1b
+from tests.data.object_store import open_store, serve_s3
 
 CONSOLE = Console(width=150)
 # Tokens of a caption with BOS and EOS, mean and deviation: COCO, and about those of the 4M mix (docs/flm.md).
 COCO, MIX = (13.8, 2.8), (10.3, 4.9)
+STORED_QUALITY = 81
+"""Gives noise of 64 pixels a side, scaled to 256, 24.6 KB."""
 
 
 def resident_mb() -> dict[str, float]:
@@ -180,20 +193,108 @@ def compare_open(folder: Path, *, samples: int) -> None:
     CONSOLE.print(table)
 
 
-def main(*, samples: int = 400_000_000, shards: int = 41_000, seeks: int = 100, opened: int = 1_000_000, folder: Path | None = None) -> None:
-    """Print three tables.
+def write_stored(folder: Path, *, samples: int, per_shard: int = 1000) -> Dataset:
+    """Write a dataset of JPEGs of 24.6 KB on average."""
+    rng, pictures = np.random.default_rng(0), []
+    for _ in range(64):
+        noise = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=STORED_QUALITY)
+        pictures.append(buffer.getvalue())
+    words = [f"{color} {shape}" for color in ("red", "green", "blue", "black") for shape in ("circle", "square", "star")]
+    entries = [write_shard(folder, f"train/{number:05d}.tar", (
+        Sample(key=f"{row:08d}", image=pictures[row % len(pictures)] + row.to_bytes(4, "big"), image_format="jpg", captions=[words[row % len(words)]],
+               questions=[], answers=[], concept="", width=256, height=256) for row in range(first, min(first + per_shard, samples))))
+        for number, first in enumerate(range(0, samples, per_shard))]
+    dataset = seal_dataset(folder, name="stored", sources=[], splits={"train": entries}, readme="")
+    train_tokenizer(words * 10, vocab_size=40, model_file=dataset.tokenizer_file)
+    tokenizer = Tokenizer(dataset.tokenizer_file)
+    write_sidecars(dataset, tokenizer)
+    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    CONSOLE.print(f"{samples:,} pictures of {np.mean([len(picture) for picture in pictures]) / 1e3:.1f} KB")
+    return dataset
+
+
+def read_epoch(place: str, workers: int, *, is_chunked: bool, results: Connection) -> None:
+    """Send pictures, CPU seconds and seconds of an epoch, and a hash of its pixels; in a process of its own, with an empty cache."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that was not spawned
+    order.WINDOW = ahead.WINDOW = 16
+    ahead.LOOKED_AHEAD = order.CHUNK * order.WINDOW // 2
+    loader.LEAST_SHARE = ahead.LEAST_SHARE if is_chunked else 2.0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["FLM_CACHE"] = cache
+        run = RECIPES["flm_base"]()
+        run = run.replace(data=DataConfig(path=place, workers=workers), text=run.text.replace(vocab_size=40, max_length=16),
+                          batch=run.batch.replace(micro_batches=1))
+        datasets = open_mixture(run.data)
+        tokenizer = Tokenizer(datasets[0].tokenizer_file)
+        batches = Loader(run, datasets, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
+        batches.next_step()
+        digest, pictures, cpu, started = hashlib.sha256(), 0, -cpu_seconds(), time.perf_counter()
+        while pictures < 0.9 * len(datasets[0].index("train")):
+            (batch,) = batches.next_step()
+            digest.update(batch.state.rows.numpy().tobytes())
+            pictures += len(batch.keys)
+        seconds = time.perf_counter() - started
+        del batches
+        cpu += cpu_seconds()
+        left = [file.name for file in Path(cache).glob("ranges/*")]
+        assert not left, left
+    results.send((pictures, cpu, seconds, digest.hexdigest()))
+
+
+def cpu_seconds() -> float:
+    """Return what this process and those of its children that have ended have taken."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def compare_stores(folder: Path, *, samples: int) -> None:
+    """Print what a picture costs from disk, as a range each, and as ranges of chunks; the same pixels each time."""
+    dataset = write_stored(folder, samples=samples)
+    os.environ |= {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1"}
+    table = Table("workers", "from", "CPU ms a picture", "pictures/s", title=f"reading and decoding {samples:,} pictures")
+    with serve_s3() as port:
+        os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+        store = open_store(port)
+        store.mkdir("bucket")
+        store.put(str(dataset.folder), "bucket/data", recursive=True)
+        for workers in (1, 4):
+            seen = set()
+            for name, place, is_chunked in (("disk", str(folder), False), ("a range a picture", "s3://bucket/data", False),
+                                            ("ranges of chunks", "s3://bucket/data", True)):
+                context = multiprocessing.get_context("spawn")
+                mine, theirs = context.Pipe()
+                process = context.Process(target=read_epoch, args=(place, workers), kwargs={"is_chunked": is_chunked, "results": theirs})
+                process.start()
+                theirs.close()
+                pictures, cpu, seconds, digest = mine.recv()
+                process.join()
+                seen.add(digest)
+                table.add_row(str(workers), name, f"{1e3 * cpu / pictures:.2f}", f"{pictures / seconds:.0f}")
+            assert len(seen) == 1, "the same pixels"
+    CONSOLE.print(table)
+
+
+def main(*, samples: int = 400_000_000, shards: int = 41_000, seeks: int = 100, opened: int = 1_000_000, stored: int = 8192,
+         folder: Path | None = None) -> None:
+    """Print the tables. A size of 0 leaves its table out.
 
     Args:
         samples: captions of the large order, two bytes of disk each.
         shards: that they lie in.
         seeks: how many random places are entered.
         opened: pictures of the dataset that is opened; below 100,000 the holes would be hashed, and found out.
+        stored: pictures of the dataset in an object store.
         folder: where the lengths and the dataset stand; a temporary folder by default.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        plan_large(Path(temporary) / "lengths", samples=samples, shards=shards, seeks=seeks)
-        compare_open(Path(temporary) / "large", samples=opened)
-    compare_fill()
+        if samples:
+            plan_large(Path(temporary) / "lengths", samples=samples, shards=shards, seeks=seeks)
+            compare_fill()
+        if opened:
+            compare_open(Path(temporary) / "large", samples=opened)
+        if stored:
+            compare_stores(Path(temporary) / "stored", samples=stored)
 
 
 if __name__ == "__main__":

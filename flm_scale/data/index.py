@@ -6,17 +6,18 @@ from the tar at the place that the index states, and their hash is checked. File
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from flm_scale.data.manifest import Shard, Shards
-from flm_scale.data.storage import Range, Url, local_copy, read_ranges
+from flm_scale.data.order import CHUNK
+from flm_scale.data.storage import Range, Url, forget_range, in_background, keep_range, local_copy, read_kept, read_ranges
 from flm_scale.data.tar import MAX_SAMPLE_BYTES
 from flm_scale.errors import DataError
 
@@ -31,6 +32,8 @@ FETCHED_AT_ONCE = 16
 """Files that are copied at once when a micro-batch needs several that lie elsewhere."""
 MAX_MAPPED = 256
 """Arrow files of an index, or of its tokens, that are mapped at once, as many as a window of the order has chunks. They hold no file open."""
+CHUNKS_KNOWN = 4096
+"""Chunks whose names and places are kept in memory: those of some windows."""
 
 
 def map_arrow(file: Path) -> "pa.RecordBatch":
@@ -144,8 +147,22 @@ class ShardCache(Generic[Item]):
 
     def fetch(self, numbers: Iterable[int]) -> None:
         """Make what is missing for some pictures, of several shards at once: where files must be copied first, nearly all of it is waiting."""
-        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-            list(pool.map(self.of_shard, sorted({self.find(number)[0] for number in numbers})))
+        wanted = sorted({self.find(number)[0] for number in numbers})
+        rest = iter(wanted)
+        for part in [in_background(lambda: deque(map(self.of_shard, rest), maxlen=0)) for _ in wanted[:FETCHED_AT_ONCE]]:
+            part.result()
+
+
+def _chunk_name(shards: Shards, batches: "ShardCache[pa.RecordBatch]", first: int) -> str:
+    """Say which bytes of which shard a chunk is: the same for every dataset that has the index."""
+    shard, row = batches.find(first)
+    return hashlib.sha256(f"{shards[shard].index_sha256} {row}".encode()).hexdigest()
+
+
+def _chunk_offset(batches: "ShardCache[pa.RecordBatch]", first: int) -> int:
+    """Return where a chunk begins in its shard."""
+    shard, row = batches.find(first)
+    return batches.of_shard(shard).column("image_offset")[row].as_py() or 0
 
 
 class Column(Generic[Item]):
@@ -177,6 +194,8 @@ class Index:
         self.folder, self.shards = folder, shards
         self._batches = ShardCache(shards.counts, lambda number: map_index(folder, shards[number]))
         self._paths = ShardCache(shards.counts, lambda number: folder / shards[number].name)
+        self._chunk_name = lru_cache(maxsize=CHUNKS_KNOWN)(partial(_chunk_name, shards, self._batches))
+        self._chunk_offset = lru_cache(maxsize=CHUNKS_KNOWN)(partial(_chunk_offset, self._batches))
         self._open_files: dict[Path, int] = {}
         self._fetched: dict[int, bytes] = {}
 
@@ -227,17 +246,56 @@ class Index:
     def fetch(self, numbers: Sequence[int]) -> None:
         """Have the pictures that will be asked for next read all at once, and their indexes copied, where they lie elsewhere.
 
-        On disk there is nothing to gain. Raises StorageError when they cannot be had.
+        What `keep_chunk` has kept is read from there. On disk there is nothing to gain. Raises StorageError when they cannot be had.
         """
         if isinstance(self.folder, Path):
             return
-        self._batches.fetch(numbers)
+        missing = [number for number in numbers if number not in self._fetched]
+        self._batches.fetch(missing)
         ranges = {}
-        for number in numbers:
+        for number, first in zip(missing, self.chunks(missing), strict=True):
             with suppress(DataError):  # raised again when this one is asked for
                 _, path, offset, size, _ = self._place(number)
-                ranges[number] = Range(Url(path), offset, size)
-        self._fetched = dict(zip(ranges, read_ranges(list(ranges.values())), strict=True))
+                kept = read_kept(self._chunk_name(first), max(offset - self._chunk_offset(first), 0), size)
+                if kept:
+                    self._fetched[number] = kept
+                else:
+                    ranges[number] = Range(Url(path), offset, size)
+        self._fetched.update(zip(ranges, read_ranges(list(ranges.values())), strict=True))
+
+    def chunks(self, numbers: Sequence[int]) -> list[int]:
+        """Return for each picture the first one of its chunk, as order.py cuts them."""
+        images, ends = np.asarray(numbers, np.int64), self._batches.ends
+        shards = np.searchsorted(ends, images, side="right")
+        begins = np.where(shards, ends[shards - 1], 0)
+        firsts: list[int] = (images - (images - begins) % CHUNK).tolist()
+        return firsts
+
+    def keep_chunk(self, first: int, *, least_share: float) -> None:
+        """Have the chunk that begins with a picture read as one range and kept on this machine, for all its processes.
+
+        least_share: of the range's bytes that must be pictures of this index, or it is left: a subset's tars hold others, too.
+        """
+        with suppress(DataError):  # raised again when its pictures are asked for
+            shard, row = self._batches.find(first)
+            offsets, sizes = self._numbers(shard, row, ["image_offset", "image_bytes"])
+            begin, end = int(offsets[0]), int(offsets[-1] + sizes[-1])
+            if 0 <= begin < end <= begin + sizes.sum() / least_share:
+                keep_range(Range(Url(self._paths.of_shard(shard)), begin, end - begin), self._chunk_name(first))
+
+    def forget_chunk(self, first: int) -> None:
+        """Remove what `keep_chunk` has kept."""
+        forget_range(self._chunk_name(first))
+
+    def _numbers(self, shard: int, row: int, names: Sequence[str]) -> list[np.ndarray]:
+        """Return columns of numbers of a chunk."""
+        import pyarrow as pa
+
+        batch = self._batches.of_shard(shard)
+        try:
+            return [_checked(batch.column(name).slice(row, CHUNK)).to_numpy() for name in names]
+        except pa.ArrowException as error:
+            raise _unreadable(self.folder, self.shards[shard], str(error).partition("\n")[0]) from error
 
     def _place(self, number: int) -> tuple[str, Path | Url, int, int, str]:
         """Return key, shard, offset, size and sha256 of a picture."""
@@ -249,7 +307,10 @@ class Index:
         key, path, offset, size, sha256 = self._place(number)
         try:
             if isinstance(path, Url):
-                data = self._fetched.pop(number, None) or read_ranges([Range(path, offset, size)])[0]
+                data = self._fetched.pop(number, b"")
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    return data
+                (data,) = read_ranges([Range(path, offset, size)])  # not fetched, or from a chunk that a crash has damaged here
             else:
                 data = os.pread(self._descriptor(path), size, offset)
         except OSError as error:

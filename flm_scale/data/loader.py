@@ -7,7 +7,7 @@ without a rank or a worker count in it, so a run goes on with the next sample on
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -22,16 +22,20 @@ from torch.utils.data import DataLoader, Dataset
 from flm_scale.batch import Batch, Example
 from flm_scale.config import AugmentConfig, DataConfig, Run, micro_steps
 from flm_scale.data import shards
+from flm_scale.data.ahead import LEAST_SHARE, Chunks, Droppable, ReadAhead, machines_of, tasks
 from flm_scale.data.augment import decode_augmented
 from flm_scale.data.feeders import fed_by_ray
 from flm_scale.data.index import Index
 from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_order
 from flm_scale.data.pack import pack, without_targets
 from flm_scale.data.sidecars import TokenIds
-from flm_scale.data.storage import StorageError
+from flm_scale.data.storage import StorageError, Url
 from flm_scale.data.tokens import Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.objectives.objective import Objective
+
+PREFETCHED = 4
+"""Micro-batches a worker that are asked for before they are needed."""
 
 
 class Order(NamedTuple):
@@ -135,7 +139,8 @@ class Loader:
         if self.state | {"micro_batch": 0} != start:
             raise DataError(f"{run.data.path}: the checkpoint's place in the data is {self.state}, and a run on this data begins at {start}; "
                             "resume with the data it had, or train anew in another --run-dir")
-        orders, local = self._orders(self.state["micro_batch"] + rank, stride=size), partial(torch_loader, self._dataset, workers=run.data.workers)
+        orders = self._orders(self.state["micro_batch"] + rank, stride=size)
+        local = partial(torch_loader, self._dataset, workers=run.data.workers, replicas=size)
         self._batches = iter(fed_by_ray(self._dataset, orders, run, otherwise=local) if run.data.feeder == "ray" else local(orders))
 
     def next_step(self) -> list[Batch]:
@@ -217,7 +222,7 @@ def one_pass(run: Run, dataset: shards.Dataset, split: str, tokenizer: Tokenizer
     orders += [Order(0, plan[-1], counts=False)] * (-len(plan) % size)
     batches = MicroBatches(dataset.index(split), token_ids, objective, seed=run.seed, image_size=run.vision.image_size)
     with _in_one_line():
-        yield from torch_loader(batches, orders[rank::size], workers=run.data.workers)
+        yield from torch_loader(batches, orders[rank::size], workers=run.data.workers, replicas=size)
 
 
 class LookedUp:
@@ -243,13 +248,24 @@ def costs_of(lengths: np.ndarray, starts: np.ndarray | None, objective: Objectiv
     return Costs(LookedUp(np.arange(longest + 1) * views, lengths), LookedUp(views, lengths), starts)
 
 
-def torch_loader(dataset: Dataset[Batch], orders: Iterator[Order] | Sequence[Order], *, workers: int) -> "DataLoader[Batch]":
+def torch_loader(dataset: MicroBatches | Mixture, orders: Iterable[Order], *, workers: int, replicas: int = 1) -> Iterable[Batch]:
     """Return torch's loader over our orders: it keeps their sequence whatever the number of workers.
 
-    The seed that it draws for its workers is of no use here; from the process's generator it would leave that other than in an unbroken run.
+    replicas: that have their part of a common order; this is one's. The seed that torch draws for its workers is of no use here; from the process's
+    generator it would leave that other than in an unbroken run.
     """
-    return DataLoader(dataset, batch_size=None, sampler=orders, num_workers=workers, prefetch_factor=4 if workers else None,
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm, generator=torch.Generator())
+    def load(made: Dataset[Batch], asked: Iterable[Any]) -> "DataLoader[Batch]":
+        return DataLoader(made, batch_size=None, sampler=asked, num_workers=workers, prefetch_factor=PREFETCHED if workers else None,
+                          pin_memory=torch.cuda.is_available(), worker_init_fn=outlive_sigterm, generator=torch.Generator())
+
+    sources = dataset.sources if isinstance(dataset, Mixture) else [dataset]
+    if not any(isinstance(source.index.folder, Url) for source in sources):
+        return load(dataset, orders)
+    least_share = LEAST_SHARE * min(machines_of(os.environ), replicas)
+    reader = ReadAhead(dataset, sources, least_share=least_share)
+    chunks = Chunks([source.index for source in sources], replicas=replicas, least_share=least_share)
+    asked = tasks(orders, chunks, processes=max(workers, 1), under_way=workers * PREFETCHED + 1)
+    return Droppable(iter(load(reader, asked)), reader.dropped)
 
 
 @contextmanager

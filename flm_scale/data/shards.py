@@ -33,7 +33,7 @@ from flm_scale.data.manifest import (
     stats_name,
 )
 from flm_scale.data.sources import Source
-from flm_scale.data.storage import Url, file_sha256, local_copy, locate, size_of
+from flm_scale.data.storage import Url, file_sha256, local_copy, locate, sizes_of
 from flm_scale.data.tar import list_members
 from flm_scale.data.tokens import tokenizer_fingerprint
 from flm_scale.errors import DataError
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SAMPLES_PER_SHARD = 1000
+SIZED_AT_ONCE = 4096
+"""Files whose sizes are asked for together."""
 HASHED_ON_OPEN_BYTES = 2 * 1024**3  # up to here reading everything takes seconds
 UNFINISHED, TOKENIZER, TOKENS = ".unfinished", "tokenizer.model", "tokens"
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp"})  # we write no .jpeg, and read it in others' tars
@@ -307,18 +309,11 @@ def open_dataset(folder: Path | str, *, manifest_hash: str = "", tokenizer_hash:
     folder: or the URL of one; its files are checked as they are read.   manifest_hash, tokenizer_hash: what the caller expects; empty expects
     nothing. Raises DataError with the first problem and the number of all, StorageError when a file that lies elsewhere cannot be had.
     """
-    folder = locate(folder)
-    if isinstance(folder, Path) and not (folder / DATASET).is_file():
-        raise _no_dataset(folder)
-    manifest = Manifest.read(folder)
+    dataset = open_unchecked(folder)
+    folder, manifest = dataset.folder, dataset.manifest
     if manifest_hash and manifest_hash != manifest.root:
         raise DataError(f"dataset {folder} has the root {manifest.root}; the run expects {manifest_hash}; point data.path at the run's "
                         "dataset, or clear data.manifest_hash to train on this one")
-    dataset = Dataset(folder, manifest, Shards.read(folder, manifest.shards_sha256))
-    for split, stated in manifest.splits.items():
-        if (counted := Split.of(dataset.shards(split))) != stated:
-            raise DataError(f"dataset {folder}: {SHARDS} has {counted.images} images in {counted.shards} shards of '{split}'; {DATASET} states "
-                            f"{stated.images} in {stated.shards}; build the dataset again")
     if tokenizer_hash and tokenizer_hash != dataset.tokenizer_fingerprint:
         found = dataset.tokenizer_fingerprint or "(none)"
         raise DataError(f"dataset {folder} has the tokenizer {found}; the run expects {tokenizer_hash}; "
@@ -328,6 +323,20 @@ def open_dataset(folder: Path | str, *, manifest_hash: str = "", tokenizer_hash:
     if problems := list(_tokenizer_problems(dataset) if is_far else file_problems(dataset, hashes=total < HASHED_ON_OPEN_BYTES)):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DataError(f"dataset {folder}: {problems[0]}{more}; build the dataset again or restore the files")
+    return dataset
+
+
+def open_unchecked(folder: Path | str) -> Dataset:
+    """Open a dataset whose files are checked afterwards: dataset.json and shards.parquet alone are read. Raises as `open_dataset`."""
+    folder = locate(folder)
+    if isinstance(folder, Path) and not (folder / DATASET).is_file():
+        raise _no_dataset(folder)
+    manifest = Manifest.read(folder)
+    dataset = Dataset(folder, manifest, Shards.read(folder, manifest.shards_sha256))
+    for split, stated in manifest.splits.items():
+        if (counted := Split.of(dataset.shards(split))) != stated:
+            raise DataError(f"dataset {folder}: {SHARDS} has {counted.images} images in {counted.shards} shards of '{split}'; {DATASET} states "
+                            f"{stated.images} in {stated.shards}; build the dataset again")
     return dataset
 
 
@@ -342,15 +351,13 @@ def _no_dataset(folder: Path) -> DataError:
 
 def file_problems(dataset: Dataset, *, hashes: bool) -> Iterator[str]:
     """Yield a line for each file that is missing or of another size, or other bytes, than the dataset states."""
-    for shard in dataset.shards():
-        for name, size, sha256 in shard.files:
-            file = dataset.folder / name
-            try:
-                actual = size_of(file)
-            except OSError:
+    stated = (file for shard in dataset.shards() for file in shard.files)
+    while some := list(islice(stated, SIZED_AT_ONCE)):
+        files = [dataset.folder / name for name, _, _ in some]
+        for file, actual, (name, size, sha256) in zip(files, sizes_of(files), some, strict=True):
+            if actual is None:
                 yield f"shard {name} is missing"
-                continue
-            if actual != size:
+            elif actual != size:
                 yield f"shard {name} has {actual} bytes; the manifest states {size}"
             elif hashes and (digest := file_sha256(file)) != sha256:
                 yield f"shard {name} has the sha256 {digest[:12]}; the manifest states {sha256[:12]}"

@@ -1,8 +1,8 @@
 """Files of a dataset wherever they lie: on disk, in an object store, behind a web server. The only door to fsspec.
 
 What is mapped (indexes, token ids) or opened by its path (the tokenizer) is copied into a cache on disk that processes share; pictures are read as
-ranges of their shard, those of a micro-batch all at once. What fails is tried again, and a file that cannot be had ends the run: it is no bad
-picture. Credentials come from where the driver looks for them, and stand in no message.
+ranges of their shard, those of a micro-batch all at once, or from a larger range that is kept on disk for a while. What fails is tried again, and a
+file that cannot be had ends the run: it is no bad picture. Credentials come from where the driver looks for them, and stand in no message.
 """
 
 import fcntl
@@ -10,10 +10,13 @@ import hashlib
 import io
 import os
 import random
+import stat
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,9 +25,9 @@ from flm_scale.errors import ConfigError, DataError, UserError
 Result = TypeVar("Result")
 
 CACHE_BYTES = 20 * 1024**3
-"""Copies that are kept; beyond it those that were used longest ago go."""
+"""Copies that are kept; beyond it those that were used longest ago go. As much again of ranges; beyond it no more are kept."""
 IN_USE_SECONDS = 600.0
-"""Copies used so lately stay in any case: a process may be about to map them."""
+"""Copies used so lately stay in any case: a process may be about to map them. A range that nobody has used for so long is of a killed run."""
 WAITS_SECONDS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Before each further try, at most."""
 CONNECTIONS = 64
@@ -81,6 +84,18 @@ def size_of(file: Path | Url) -> int:
     return int(_ask(file, "info")["size"]) if isinstance(file, Url) else file.stat().st_size
 
 
+def sizes_of(files: Sequence[Path | Url]) -> list[int | None]:
+    """Return the bytes of each file, None for one that is not there; of those that lie elsewhere many are asked for at once. Raises StorageError."""
+    def size(file: Path | Url) -> int | None:
+        try:
+            return size_of(file)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return list((pool.map if any(isinstance(file, Url) for file in files) else map)(size, files))
+
+
 def open_stream(file: Path | Url) -> io.BufferedReader:
     """Open a file to read it from its start to its end; one that lies elsewhere does not seek. Raises as `read_bytes`, also while it is read."""
     return io.BufferedReader(_Stream(file), STREAMED_AT_ONCE) if isinstance(file, Url) else file.open("rb")
@@ -99,13 +114,15 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
     def ask() -> None:
         missing = [part for part in ranges if part not in found]
         starts, ends = [part.offset for part in missing], [part.offset + part.size for part in missing]
-        answers = _filesystem(missing[0].file).cat_ranges([part.file for part in missing], starts, ends, on_error="return")
+        driver = _filesystem(missing[0].file)
+        bound = {"batch_size": CONNECTIONS} if driver.async_impl else {}  # the others ask for one after another
+        answers = driver.cat_ranges([part.file for part in missing], starts, ends, on_error="return", **bound)
         found.update((part, answer) for part, answer in zip(missing, answers, strict=True) if isinstance(answer, bytes))
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
 
-    if len(found) < len(ranges):
+    if any(part not in found for part in ranges):
         _try(ranges[0].file, ask)
     for part in ranges:
         if len(found[part]) > part.size:
@@ -129,6 +146,80 @@ def local_copy(file: Path | Url, *, sha256: str = "") -> Path:
         _copy(file, cached, sha256)
         _make_room(cached.parent)
     return cached
+
+
+def in_background(do: Callable[[], Result], *, is_left: bool | None = None) -> "Future[Result]":
+    """Do something that waits for a store in a thread of its own.
+
+    is_left: a process that ends leaves it where it is, as a loader's worker should, which no interpreter outlives; an executor's threads would be
+    waited for. None does as the thread that asks.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(do())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=is_left).start()
+    return future
+
+
+def keep_range(part: Range, name: str) -> None:
+    """Copy a part of a file into the cache under a name, unless it is there, another process is at it, or it cannot be had or kept.
+
+    Nothing depends on it: who does not find it reads what he needs from the store, and is told there what is wrong with that.
+    """
+    folder = _ranges_folder()
+    kept, written = folder / name, folder / f".{name}.part"
+    with suppress(OSError, StorageError):  # a full disk, a store that does not answer, or forgotten meanwhile
+        folder.mkdir(parents=True, exist_ok=True)
+        if kept.exists() or not _has_room(folder, part.size):
+            return
+        with written.open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                if kept.exists():  # and what was opened may be this very file
+                    return
+                stream.truncate(0)
+                for offset in range(part.offset, part.offset + part.size, STREAMED_AT_ONCE):
+                    stream.write(*read_ranges([Range(part.file, offset, min(STREAMED_AT_ONCE, part.offset + part.size - offset))]))
+                stream.flush()
+                written.replace(kept)
+            finally:
+                written.unlink(missing_ok=True)
+
+
+def read_kept(name: str, offset: int, size: int) -> bytes:
+    """Return a part of what `keep_range` has kept, nothing when it is not there. What a machine has lost in a crash may be missing or wrong."""
+    with suppress(OSError), (_ranges_folder() / name).open("rb", buffering=0) as stream:
+        os.utime(stream.fileno())
+        return os.pread(stream.fileno(), size, offset)
+    return b""
+
+
+def forget_range(name: str) -> None:
+    """Remove what was kept under a name, or is being written."""
+    for file in (name, f".{name}.part"):
+        with suppress(OSError):
+            (_ranges_folder() / file).unlink()
+
+
+def _ranges_folder() -> Path:
+    return cache_folder() / "ranges"
+
+
+def _has_room(folder: Path, size: int) -> bool:
+    """Remove what killed runs have left, and return whether as much more may be kept."""
+    for file in os.scandir(folder):
+        with suppress(FileNotFoundError):  # forgotten meanwhile
+            about = file.stat()
+            if about.st_mtime < time.time() - IN_USE_SECONDS:
+                Path(file).unlink()
+            else:
+                size += about.st_size
+    return size <= CACHE_BYTES
 
 
 def cache_folder() -> Path:
@@ -164,7 +255,8 @@ def _make_room(folder: Path) -> None:
     for file in folder.iterdir():
         with suppress(FileNotFoundError):  # removed by another process
             about = file.stat()
-            files.append((about.st_mtime, about.st_size, file))
+            if stat.S_ISREG(about.st_mode):
+                files.append((about.st_mtime, about.st_size, file))
     total = sum(size for _, size, _ in files)
     for used, size, file in sorted(files):
         if total <= CACHE_BYTES or used > time.time() - IN_USE_SECONDS:

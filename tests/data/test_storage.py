@@ -1,20 +1,25 @@
 """Datasets in object stores: the same batches as from disk, whatever the network does; one copy of what is mapped; errors in one line."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from flm_scale.checkpoint.weights import read_run
 from flm_scale.cli import main
 from flm_scale.config import DataConfig
-from flm_scale.data import storage
-from flm_scale.data.loader import one_pass
+from flm_scale.data import ahead, index, loader, shards, storage
+from flm_scale.data.ahead import Chunks, machines_of, tasks
+from flm_scale.data.loader import Order, one_pass
+from flm_scale.data.order import Entry
 from flm_scale.data.shards import Dataset, open_dataset
-from flm_scale.data.storage import Range, StorageError, Url, local_copy, read_bytes, read_ranges
+from flm_scale.data.storage import Range, StorageError, Url, forget_range, keep_range, local_copy, read_bytes, read_kept, read_ranges, sizes_of
 from flm_scale.errors import ConfigError, DataError
 from tests.data.object_store import Proxy, open_store, serve_s3
 from tests.data.prepare.server import Server, answer
@@ -80,6 +85,146 @@ def test_pictures_are_read_as_ranges_and_the_tar_never_whole(toy_dataset: Datase
     assert all("range: bytes=" in head.lower() for head in heads)
     assert [index.read_image(number) for number in range(20)] == [toy_dataset.index("train").read_image(number) for number in range(20)]
     assert proxy.asked_for("train/00000.tar") == 20
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy dataset's 64 pictures are 8 chunks, though their tar is mostly headers."""
+    monkeypatch.setattr(index, "CHUNK", 8)
+    monkeypatch.setattr(ahead, "CHUNK", 8)
+    monkeypatch.setattr(loader, "LEAST_SHARE", 0.01)
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return [file.name for file in (tmp_path / "cache/ranges").glob("*")]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_chunk_is_read_once_for_all_its_pictures_and_removed_when_the_loader_goes(toy_dataset: Dataset, proxy: Proxy, tmp_path: Path,
+                                                                                  workers: int) -> None:
+    run = toy_run(toy_dataset)
+    here = loader_of(toy_dataset, run)
+    there = loader_of(far(toy_dataset), run.replace(data=run.data.replace(path=f"{BUCKET}/data", workers=workers)))
+    for _ in range(100):
+        assert_equal(here.next_step(), there.next_step())
+        if len([name for name in kept(tmp_path) if not name.endswith(".part")]) == 8:
+            break
+    for _ in range(3):  # what was asked for before
+        assert_equal(here.next_step(), there.next_step())
+    proxy.reset()
+    for _ in range(5):
+        assert_equal(here.next_step(), there.next_step())
+    assert proxy.requests == []
+    del there
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_chunk_is_asked_for_before_it_is_needed_and_removed_when_nothing_under_way_needs_it(toy_dataset: Dataset, tmp_path: Path,
+                                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders of four pictures one behind the other: the next of the same process is told, and chunks are gone two orders behind their last."""
+    monkeypatch.setattr(ahead, "LOOKED_AHEAD", 16)
+    pictures = far(toy_dataset).index("train")
+    orders = [Order(0, tuple(Entry(image, (0,)) for image in range(first, first + 4))) for first in range(0, 64, 4)]
+    asked: list[int] = []
+    for number, task in enumerate(tasks(orders, Chunks([pictures], replicas=1, least_share=0.01), processes=3, under_way=2)):
+        assert task.order == orders[number]
+        assert task.following == (orders[number + 3] if number + 3 < len(orders) else None)
+        for _, first in task.chunks:
+            pictures.keep_chunk(first, least_share=0.01)
+            asked.append(first)
+        live = {image // 8 * 8 for order in orders[max(number - 2, 0):] for image in (order.entries[0].image,)} & set(asked)
+        assert sorted(kept(tmp_path)) == sorted(pictures._chunk_name(first) for first in live)
+        assert number // 2 * 8 in asked
+    assert asked == list(range(0, 64, 8))
+    assert kept(tmp_path) == []
+
+
+def test_a_chunk_is_left_where_too_little_of_it_is_needed(toy_dataset: Dataset, tmp_path: Path) -> None:
+    pictures = far(toy_dataset).index("train")
+    pictures.keep_chunk(0, least_share=0.25)  # a tenth are pictures
+    assert kept(tmp_path) == []
+    orders = [Order(0, (Entry(0, (0,)),)), Order(0, (Entry(1, (0,)),))]
+    assert [task.chunks for task in tasks(orders, Chunks([pictures], replicas=8, least_share=0.25 * 5), processes=1, under_way=1)] == [(), ()]
+
+
+def test_what_is_damaged_in_a_kept_chunk_is_read_from_the_store(toy_dataset: Dataset, proxy: Proxy, tmp_path: Path) -> None:
+    pictures, own = far(toy_dataset).index("train"), toy_dataset.index("train")
+    pictures.keep_chunk(0, least_share=0.01)
+    (name,) = kept(tmp_path)
+    proxy.reset()
+    pictures.fetch(range(64))
+    assert [pictures.read_image(number) for number in range(64)] == [own.read_image(number) for number in range(64)]
+    assert proxy.requests == []
+    (tmp_path / "cache/ranges" / name).write_bytes(bytes(50_000))
+    pictures.fetch(range(64))
+    assert [pictures.read_image(number) for number in range(64)] == [own.read_image(number) for number in range(64)]
+    assert proxy.asked_for("train/00000.tar") == 64
+
+
+def test_ranges_are_kept_while_there_is_room_and_what_killed_runs_left_goes(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Range(Url(f"{BUCKET}/data/train/00000.tar"), 512, 1000)
+    keep_range(part, "first")
+    assert read_kept("first", 10, 20) == read_ranges([Range(part.file, 522, 20)])[0]
+    monkeypatch.setattr(storage, "CACHE_BYTES", 1999)
+    keep_range(part, "second")
+    assert kept(tmp_path) == ["first"]
+    for left in ("first", ".killed.part"):
+        (tmp_path / "cache/ranges" / left).touch()
+        os.utime(tmp_path / "cache/ranges" / left, (0, time.time() - 2 * storage.IN_USE_SECONDS))
+    keep_range(part, "second")
+    assert kept(tmp_path) == ["second"]
+    forget_range("second")
+    assert (kept(tmp_path), read_kept("second", 0, 10)) == ([], b"")
+    monkeypatch.setattr(storage, "WAITS_SECONDS", ())
+    proxy.cut_every = 1
+    keep_range(part, "third")
+    assert kept(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_workers_that_wait_for_a_store_end_by_themselves_when_the_loader_is_dropped(toy_dataset: Dataset, proxy: Proxy,
+                                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch waits for each, then sends a SIGTERM."""
+    terminated: list[BaseProcess] = []
+    monkeypatch.setattr(BaseProcess, "terminate", lambda process: terminated.append(process) or process.kill())
+    monkeypatch.setattr(storage, "WAITS_SECONDS", (60.0,) * 3)
+    run = toy_run(toy_dataset)
+    there = loader_of(far(toy_dataset), run.replace(data=run.data.replace(path=f"{BUCKET}/data", workers=2)))
+    proxy.cut_every = 1
+    while not proxy.faults:
+        time.sleep(0.01)
+    workers = there._batches._batches._workers
+    del there
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert terminated == []
+
+
+@pytest.mark.parametrize(("environ", "machines"), [
+    ({}, 1), ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 2), ({"WORLD_SIZE": "16"}, 16),
+    ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "SLURM_STEP_NUM_NODES": "2"}, 2),
+])
+def test_the_launcher_says_how_many_machines_there_are(environ: dict[str, str], machines: int) -> None:
+    assert machines_of(environ) == machines
+
+
+def test_verify_hashes_each_file_once_and_with_fast_none(toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    sha256_of = shards.file_sha256
+    monkeypatch.setattr(shards, "file_sha256", lambda file: hashed.append(str(file)) or sha256_of(file))
+    assert main(["data", "verify", str(toy_dataset.folder), "--fast"]) == 0
+    assert hashed == []
+    assert main(["data", "verify", str(toy_dataset.folder)]) == 0
+    assert sorted(hashed) == sorted(str(toy_dataset.folder / name) for shard in toy_dataset.shards() for name, _, _ in shard.files)
+
+
+def test_sizes_in_a_store_are_asked_for_at_once(toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, size_of = Barrier(2, timeout=60), storage.size_of
+    monkeypatch.setattr(storage, "size_of", lambda file: both.wait() + size_of(file) * 0 + 7 if "none" not in file else size_of(file))
+    files = [Url(f"{BUCKET}/data/train/00000.tar"), Url(f"{BUCKET}/data/val/00000.tar"), Url(f"{BUCKET}/data/none")]
+    assert sorted(size or 0 for size in sizes_of(files)) == [0, 7, 8]
 
 
 @pytest.mark.slow
@@ -159,6 +304,11 @@ def test_a_dataset_behind_a_web_server_that_knows_ranges_is_read(toy_dataset: Da
     index.fetch(range(8))
     assert [index.read_image(number) for number in range(8)] == [toy_dataset.index("val").read_image(number) for number in range(8)]
     assert proxy.faults
+
+
+def test_ranges_of_nothing_ask_for_nothing_however_often_they_come() -> None:
+    nowhere = Url("memory://nowhere/a.tar")
+    assert read_ranges([Range(nowhere, 0, 0), Range(nowhere, 0, 0), Range(nowhere, 7, 0)]) == [b"", b"", b""]
 
 
 def test_a_web_server_that_knows_no_ranges_is_refused() -> None:
