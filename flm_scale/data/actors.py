@@ -4,15 +4,19 @@ Ray restarts nothing here: a call is answered, raises what its method raised, or
 decide what then.
 """
 
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from flm_scale.errors import ConfigError
@@ -20,6 +24,10 @@ from flm_scale.errors import ConfigError
 REACH_SECONDS = 10.0
 LEAST_STORE_BYTES = 80 * 1024**2
 """Ray's least for its object store."""
+FOLDERS = "flm-ray-"
+"""How the folders begin, in the machine's temporary one, that a Ray on this machine has; short, because Ray puts sockets into them."""
+REMOVALS = 20
+"""Tries, a tenth of a second each, to remove one that a dying process still writes into."""
 
 
 class RaisedError(Exception):
@@ -69,9 +77,8 @@ def joined_ray(address: str, *, option: str, cpus: int = 0, store_bytes: int = L
         if not ray.is_initialized():
             own: dict[str, Any] = {}
             if address == "local":
-                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="flm-ray-", ignore_cleanup_errors=True))
                 own = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "include_dashboard": False, "object_store_memory": store_bytes,
-                       "_temp_dir": temporary}
+                       "_temp_dir": stack.enter_context(_temporary_folder())}
             handler = signal.getsignal(signal.SIGTERM)
             try:
                 _reach(address)
@@ -85,6 +92,59 @@ def joined_ray(address: str, *, option: str, cpus: int = 0, store_bytes: int = L
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)  # Ray has set its own
         yield
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Make a folder for Ray, and a file beside it that this process holds a lock on; remove both, also where earlier processes were killed.
+
+    The kernel lets go of a lock with its process, so a free one says that nobody needs the folder, whatever container the process was in.
+    """
+    remove_abandoned_folders()
+    with tempfile.NamedTemporaryFile("w", prefix=FOLDERS, suffix=".lock", delete=False) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(_boot_id())
+        lock.flush()
+        folder = Path(lock.name).with_suffix("")
+        folder.mkdir(mode=0o700)
+        try:
+            yield str(folder)
+        finally:
+            _remove(folder)
+
+
+def remove_abandoned_folders() -> None:
+    """Remove what this user's processes that were killed have left of Ray in the temporary folder."""
+    for file in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*.lock"):
+        with suppress(OSError):  # one that is in use cannot be locked
+            if file.lstat().st_uid == os.getuid():
+                with file.open() as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Empty while it is being made; of another kernel, whose locks may be its own, where machines share the folder.
+                    if lock.read() == _boot_id():
+                        _remove(file.with_suffix(""))
+
+
+def _remove(folder: Path) -> None:
+    for _ in range(REMOVALS):
+        _kill_starting(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+            return
+        time.sleep(0.1)
+
+
+def _kill_starting(folder: Path) -> None:
+    """Kill processes of a Ray that is gone which have not come up yet: they do not know, and make the folder again. Later Ray renames them."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            if f"--temp-dir={folder}".encode() in file.read_bytes().split(b"\0"):
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
 
 
 def cluster_cpus() -> int:

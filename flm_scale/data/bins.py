@@ -120,9 +120,18 @@ class Bins:
 def permutation(count: int, rng: np.random.Generator) -> np.ndarray:
     """Return the numbers below `count` in random order: sorted by random bits that carry them, which is also twice as quick as shuffling them."""
     carried = np.uint64(2 ** count.bit_length() - 1)
-    bits = (_random_bits(count, rng) & ~carried) | np.arange(count, dtype=np.uint64)
+    bits = _random_bits(count, rng)  # in place from here on: new arrays would take half as long as the sort
+    bits &= ~carried
+    bits |= np.arange(count, dtype=np.uint64)
     bits.sort()
-    return (bits & carried).astype(np.int64)
+    bits &= carried
+    return bits.view(np.int64)
+
+
+def in_order(values: np.ndarray) -> np.ndarray:
+    """Return the places of the values, none negative, from the least to the greatest; those that are equal keep their sequence."""
+    # numpy sorts numbers of one or two bytes by their digits, ten times as quick as greater ones.
+    return np.argsort(values.astype(np.min_scalar_type(values.max(initial=0))), kind="stable")
 
 
 def _random_bits(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -150,7 +159,7 @@ def _level(sizes: np.ndarray, num_bins: int, whole: int) -> np.ndarray:
     waiting = _descending(sizes)
     while len(waiting):
         size = sizes[waiting[0]]
-        by_total = np.argsort(totals, kind="stable")
+        by_total = in_order(totals)
         sorted_totals = totals[by_total]
         served = by_total[:np.searchsorted(sorted_totals, min(whole - size, sorted_totals[0] + size), side="right")]
         assert len(served), "a sample has no room: the count was not that of `needs`"
@@ -167,4 +176,4 @@ def _quantiles(values: np.ndarray, at: Sequence[float] | np.ndarray) -> list[int
 
 
 def _descending(values: np.ndarray) -> np.ndarray:
-    return np.argsort(values.max(initial=0) - values, kind="stable")
+    return in_order(values.max(initial=0) - values)

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from flm_scale.batch import Batch, restored
 from flm_scale.config import Run
-from flm_scale.data.actors import LEAST_STORE_BYTES, cluster_address
+from flm_scale.data.actors import LEAST_STORE_BYTES, cluster_address, remove_abandoned_folders
 from flm_scale.data.feeder_pool import GoneError, PoolOptions, serve
 
 AHEAD = 4
@@ -92,6 +92,7 @@ class Feeders:
         self._process.kill()
         self._process.join()
         self._connection.close()
+        remove_abandoned_folders()  # where it was killed
 
     def ask(self, order: object) -> None:
         """Ask for a batch. Raises GoneError."""

@@ -17,12 +17,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from flm_scale.config import BatchConfig
-from flm_scale.data.bins import TYPICAL_SAMPLES, UNITS, Bins, permutation
+from flm_scale.data.bins import TYPICAL_SAMPLES, UNITS, Bins, in_order, permutation
 
 CHUNK, WINDOW = 256, 256
 """Samples of a chunk, at most; chunks of a window, at most."""
 BLOCK = 2**18
 """Samples that are looked at together when a whole split is gone through."""
+HALF = 32
+"""Bits of the smaller of two numbers in one; the needs of a window, at most a micro-batch a sample, take 26."""
 
 
 class Entry(NamedTuple):
@@ -166,8 +168,11 @@ class Shuffle:
         return Chosen(first, taken, tokens, views)
 
     def _needs_of(self, epoch: int) -> tuple[np.ndarray, bool]:
-        """Return what each chunk needs in an epoch [2, chunks], and whether it is the same in all: whether every caption always goes along."""
-        needs, is_fixed = np.zeros((2, self.num_chunks), np.int32), True
+        """Return what each chunk needs in an epoch [chunks], and whether it is the same in all: whether every caption always goes along.
+
+        Both needs of `Bins.needs` in a number, the dealt above the levelled: an epoch then looks up, and adds up, one number a chunk.
+        """
+        needs, is_fixed = np.zeros(self.num_chunks, np.int64), True
         for begin in range(0, self.num_chunks, BLOCK // CHUNK):
             images, starts = self._images_of(np.arange(begin, min(begin + BLOCK // CHUNK, self.num_chunks)))
             block = slice(int(images[0]), int(images[-1]) + 1)
@@ -176,7 +181,8 @@ class Shuffle:
             else:
                 _, taken, tokens, views = self.choose(images, epoch)
                 is_fixed = is_fixed and bool((taken == np.diff(self.costs.starts[block.start:block.stop + 1])).all())
-            needs[:, begin:begin + len(starts)] = self._bins.needs(tokens, views, starts)
+            dealt, levelled = self._bins.needs(tokens, views, starts)
+            needs[begin:begin + len(starts)] = dealt << HALF | levelled
         return needs, is_fixed
 
     def _images_of(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +199,8 @@ class Shuffle:
         chunks = permutation(self.num_chunks, keyed_rng("chunks", self.seed, epoch))
         num_windows = -(-self.num_chunks // WINDOW)
         window_chunks = np.arange(num_windows + 1) * self.num_chunks // max(num_windows, 1)
-        counts = -(-np.stack([np.add.reduceat(way.take(chunks), window_chunks[:-1], dtype=np.int64) for way in needs]) // UNITS)
+        sums = np.add.reduceat(needs.take(chunks, mode="clip"), window_chunks[:-1])  # a check of the places would double it
+        counts = -(-np.stack([sums >> HALF, sums & (1 << HALF) - 1]) // UNITS)
         return Epoch(chunks.astype(np.int32), window_chunks, counts, np.cumsum(counts.sum(0)))
 
     def _pack(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -208,9 +215,9 @@ class Shuffle:
         dealt, levelled = opened.counts[:, window].tolist()
         bins = self._bins.pack(tokens, views, (dealt, levelled), rng)
         places = permutation(dealt + levelled, rng)[bins]
-        in_order = np.argsort(places, kind="stable")
+        by_place = in_order(places)
         bounds = np.concatenate([[0], np.cumsum(np.bincount(places, minlength=dealt + levelled))])
-        return images[in_order], first[in_order], taken[in_order], bounds
+        return images[by_place], first[by_place], taken[by_place], bounds
 
     def _entries(self, images: np.ndarray, first: np.ndarray, taken: np.ndarray) -> MicroBatch:
         starts = self.costs.starts

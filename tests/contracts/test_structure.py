@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,13 +56,15 @@ def sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports_of(path: Path, *, at_head: bool = False) -> Iterator[str]:
-    tree = ast.parse(path.read_text())
+@cache
+def imports_of(path: Path, *, at_head: bool = False) -> tuple[str, ...]:
+    tree, found = ast.parse(path.read_text()), list[str]()
     for node in tree.body if at_head else ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            found.append(node.module)
+    return tuple(found)
 
 
 def rank(module: str) -> int:

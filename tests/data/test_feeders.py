@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -19,15 +20,20 @@ import pytest
 from flm_scale.cli import main
 from flm_scale.config import DataConfig, Run
 from flm_scale.data import feeders
+from flm_scale.data.actors import joined_ray
+from flm_scale.data.feeder_pool import FeederPool, GoneError, PoolOptions
+from flm_scale.data.loader import Loader
 from flm_scale.data.shards import Dataset
 from flm_scale.errors import ConfigError, DataError
 from tests.conftest import write_toy
-from tests.data.test_loader import assert_equal, loader_of, toy_run
+from tests.data.test_loader import assert_equal, loader_of, mixed_run, toy_run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 250  # long enough to be killed in
-WORDS = ["--text.vocab-size", "200", "--steps", str(STEPS), "--batch.micro-batches", "16"]
+STEPS = 120  # long enough to be killed in
+# At a constant rate a shorter run has the first losses of a longer one; a low one does not magnify rounding.
+WORDS = ["--text.vocab-size", "200", "--steps", str(STEPS), "--batch.micro-batches", "8", "--optim.schedule", "constant", "--optim.lr", "2e-3"]
 GONE = "flm: the feeders are gone"
+SIZES = (1, 2, 3, 4, 6, 8)
 
 pytestmark = pytest.mark.slow
 
@@ -70,39 +76,42 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture
 def data_node(cluster: Any) -> Iterator[Any]:
     """A node for feeders."""
-    node = cluster.add_node(num_cpus=2, labels={"role": "data"})
+    node = cluster.add_node(num_cpus=3, labels={"role": "data"})
     yield node
     if node in cluster.list_all_nodes():
         cluster.remove_node(node)
 
 
 @pytest.fixture(scope="module")
-def second(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return write_toy(tmp_path_factory.mktemp("second") / "data")
-
-
-@pytest.fixture
-def mixed(toy_dataset: Dataset, second: Dataset) -> Run:
-    """Two datasets, at most two of an image's one to three captions, several epochs in 24 micro-batches a step."""
-    run = toy_run(toy_dataset)
-    return run.replace(data=run.data.replace(also=(second.folder,), weights=(2.0, 1.0), captions_per_image=2),
-                       batch=run.batch.replace(micro_batches=24))
+def mixed(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two augmented datasets, at most two of an image's one to three captions, several epochs in 24 micro-batches a step."""
+    return mixed_run(toy_dataset, write_toy(tmp_path_factory.mktemp("second") / "data"))
 
 
 def by_ray(run: Run, cluster: Any, **changes: Any) -> Run:
-    return run.replace(data=run.data.replace(feeder="ray", feeders=2, feeder_labels=("role=data",), ray_address=cluster.address, **changes))
+    return run.replace(data=run.data.replace(**{"feeder": "ray", "feeders": 3, "feeder_labels": ("role=data",), "ray_address": cluster.address,
+                                                **changes}))
 
 
-def test_feeders_make_the_bytes_of_local_loading_also_behind_a_checkpoint(toy_dataset: Dataset, mixed: Run, cluster: Any, data_node: Any) -> None:
-    """From the start and from three places; the checkpoint does not tell who fed the run."""
-    local = loader_of(toy_dataset, mixed)
+def test_feeders_make_the_bytes_of_local_loading_on_any_layout_and_behind_any_checkpoint(
+        toy_dataset: Dataset, mixed: Run, cluster: Any, data_node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a step at each of sixteen places one pool is asked for all that the ranks of a layout ask for; every size begins at 0 and at random."""
+    local, run = loader_of(toy_dataset, mixed), by_ray(mixed, cluster)
     row = [batch for _ in range(10) for batch in local.next_step()]
-    for place in (0, *np.random.default_rng(1).choice(200, 3, replace=False).tolist()):
-        fed = loader_of(toy_dataset, by_ray(mixed, cluster), state=local.state | {"micro_batch": place})
+    places = [*[0] * len(SIZES), *np.random.default_rng(1).choice(200, 10, replace=False).tolist()]
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr("flm_scale.data.loader.fed_by_ray", lambda dataset, orders, run, otherwise: orders)
+        for size, place in zip(cycle(SIZES), places, strict=False):
+            ranks = [loader_of(toy_dataset, run, rank=rank, size=size, state=local.state | {"micro_batch": place}) for rank in range(size)]
+            asked += chain.from_iterable(zip(*(rank.next_step() for rank in ranks), strict=True))
+            assert all(rank.state == local.state | {"micro_batch": place + 24} for rank in ranks), "it tells nothing of who feeds whom"
+    monkeypatch.setattr(Loader, "_orders", lambda *_, **__: iter(asked))
+    fed = loader_of(toy_dataset, run)
+    for place in places:
         assert_equal(row[place:place + 24], fed.next_step())
-        assert fed.state == local.state | {"micro_batch": place + 24}
-        del fed
-        wait_until(lambda: not feeders_below(psutil.Process()), seconds=20)
+    del fed
+    wait_until(lambda: not feeders_below(psutil.Process()), seconds=20)
 
 
 def test_feeders_that_die_and_hang_are_replaced_and_then_a_lost_node_leaves_the_trainer_to_itself(
@@ -125,6 +134,13 @@ def test_feeders_that_die_and_hang_are_replaced_and_then_a_lost_node_leaves_the_
     said += capfd.readouterr().err
     assert said.count(GONE) == 1, said
     assert "from here on data.workers (0) of the trainer's own machine decode" in said
+
+
+def test_feeders_that_find_no_node_are_given_up(cluster: Any) -> None:
+    pool = FeederPool(b"", PoolOptions(3, {"role": "nobody"}, cluster.address, store_bytes=0, start_seconds=1.0, batch_seconds=1.0))
+    reason = r"^3 in a row have come to nothing, the last: has not started after 1 s$"
+    with joined_ray(cluster.address, option=""), pytest.raises(GoneError, match=reason):
+        wait_until(lambda: list(pool.tend()) and False)
 
 
 def test_an_error_of_the_data_is_the_one_of_local_loading(tmp_path: Path, cluster: Any, data_node: Any) -> None:
@@ -166,68 +182,75 @@ def local_losses(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory)
     return losses(run_dir)
 
 
+class Job(NamedTuple):
+    """A run in processes of its own."""
+
+    process: subprocess.Popen[bytes]
+    run_dir: Path
+    errors: Path
+
+    def said(self) -> str:
+        return self.errors.read_text()
+
+    def raylets(self) -> list[psutil.Process]:
+        return below(psutil.Process(self.process.pid), "raylet")
+
+
 @contextmanager
-def trainer(dataset: Dataset, run_dir: Path, *more: str, processes: int = 1, tidies: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """A run that starts its own Ray. When it has ended, nothing may be left of all that it has started, nor, where it `tidies`, of its files."""
-    with TemporaryDirectory(prefix="fed-") as temporary:  # Ray's sockets want short names
+def trainer(dataset: Dataset, folder: Path, *more: str, processes: int = 1) -> Iterator[Job]:
+    """A run that starts its own Ray. When it has ended, nothing may be left of all that it has started, nor of its files."""
+    with TemporaryDirectory(prefix="fed-") as temporary, (folder / "errors").open("wb") as errors:  # Ray's sockets want short names
         environ = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": temporary, "PYTHONPATH": str(ROOT)}
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-        command = [sys.executable, "-m", *launcher, "flm_scale", "train", "debug", "--data.path", str(dataset.folder), "--run-dir", str(run_dir),
-                   "--data.feeder", "ray", "--data.feeders", "3", *WORDS, *more]
-        with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        command = [sys.executable, "-m", *launcher, "flm_scale", "train", "debug", "--data.path", str(dataset.folder), "--run-dir",
+                   str(folder / "run"), "--data.feeder", "ray", "--data.feeders", "2", *WORDS, *more]
+        with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=errors) as process:
+            job = Job(process, folder / "run", folder / "errors")
             try:
-                wait_until(lambda: job.poll() is not None or losses(run_dir))
-                started = psutil.Process(job.pid).children(recursive=True)
-                assert len(below(psutil.Process(job.pid), "raylet")) == processes
+                wait_until(lambda: process.poll() is not None or losses(job.run_dir))
+                started = psutil.Process(process.pid).children(recursive=True)
+                assert len(job.raylets()) == processes, job.said()
                 yield job
-                job.wait(timeout=30)
+                process.wait(timeout=30)
                 wait_until(lambda: not psutil.wait_procs(started, timeout=0)[1], seconds=90)
-                wait_until(lambda: not (tidies and list(Path(temporary).glob("flm-ray-*"))), seconds=10)
+                wait_until(lambda: not list(Path(temporary).glob("flm-ray-*")), seconds=10)
             finally:
-                job.kill()
+                process.kill()
 
 
-def test_a_run_whose_feeders_are_killed_every_five_seconds_has_the_losses_of_local_loading(
+def test_feeders_killed_every_five_seconds_and_then_a_ray_that_is_gone_change_no_loss(
         toy_dataset: Dataset, local_losses: list[float], tmp_path: Path) -> None:
-    rng, kills = np.random.default_rng(0), 0
-    with trainer(toy_dataset, tmp_path / "run") as job:
-        while job.poll() is None:
-            if at_work := feeders_below(psutil.Process(job.pid)):
+    rng, kills, killed, before = np.random.default_rng(0), 0, 0.0, 0
+    with trainer(toy_dataset, tmp_path) as job:
+        while (steps := len(losses(job.run_dir))) < 100:
+            assert job.process.poll() is None, job.said()
+            # Not before feeders have fed steps since the last one: three deaths in a row end the pool. On quick machines sooner.
+            is_due = not kills or (steps >= before + 4 and (time.monotonic() - killed > 5 or steps > before + 40))
+            if is_due and (at_work := feeders_below(psutil.Process(job.process.pid))):
                 os.kill(at_work[rng.integers(len(at_work))].pid, signal.SIGKILL)
-                kills += 1
-            job_ends = time.monotonic() + 5
-            while job.poll() is None and time.monotonic() < job_ends:
-                time.sleep(0.1)
-        said = job.stderr.read()
-    assert job.returncode == 0, said
-    assert kills >= 2
-    assert losses(tmp_path / "run") == local_losses
-    assert GONE not in said
-    assert "is replaced: its process died" in said
-
-
-def test_a_run_whose_ray_is_gone_goes_on_with_the_losses_of_local_loading(toy_dataset: Dataset, local_losses: list[float], tmp_path: Path) -> None:
-    with trainer(toy_dataset, tmp_path / "run", tidies=False) as job:  # who would tidy is killed
-        below(psutil.Process(job.pid), "raylet")[0].parent().kill()
-        said = job.communicate(timeout=300)[1]
-    assert job.returncode == 0, said
-    assert said.count(GONE) == 1, said
-    assert losses(tmp_path / "run") == local_losses
+                kills, killed, before = kills + 1, time.monotonic(), steps
+            time.sleep(0.1)
+        assert kills >= 2
+        assert GONE not in job.said()
+        assert "is replaced: its process died" in job.said()
+        job.raylets()[0].parent().kill()
+        assert job.process.wait(timeout=300) == 0, job.said()
+    assert job.said().count(GONE) == 1, job.said()
+    assert losses(job.run_dir) == local_losses
 
 
 def test_replicas_on_one_machine_have_a_ray_each(toy_dataset: Dataset, local_losses: list[float], tmp_path: Path) -> None:
-    with trainer(toy_dataset, tmp_path / "run", "--parallel.engine", "deepspeed", processes=2) as job:
-        said = job.communicate(timeout=300)[1]
-    assert job.returncode == 0, said
-    assert losses(tmp_path / "run")[:20] == pytest.approx(local_losses[:20], rel=1e-5)
-    assert GONE not in said
+    with trainer(toy_dataset, tmp_path, "--parallel.engine", "deepspeed", "--steps", "40", processes=2) as job:
+        assert job.process.wait(timeout=300) == 0, job.said()
+    assert losses(job.run_dir)[:20] == pytest.approx(local_losses[:20], rel=1e-5)
+    assert GONE not in job.said()
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_run_that_is_ended(toy_dataset: Dataset, tmp_path: Path, signal_number: int) -> None:
-    with trainer(toy_dataset, tmp_path / "run", "--steps", "100000") as job:
-        job.send_signal(signal_number)
-        said = job.communicate(timeout=60)[1]
+    with trainer(toy_dataset, tmp_path, "--steps", "100000") as job:
+        job.process.send_signal(signal_number)
+        job.process.wait(timeout=60)
     if signal_number == signal.SIGTERM:
-        assert job.returncode == 0
-        assert "stopped by SIGTERM after step" in said
+        assert job.process.returncode == 0
+        assert "stopped by SIGTERM after step" in job.said()

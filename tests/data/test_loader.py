@@ -274,3 +274,17 @@ def test_training_pictures_change_with_the_epoch_and_those_of_validation_never(t
     assert min(len(seen) for seen in pictures.values()) > 1
     plain, also = (list(one_pass(one, toy_dataset, "val", *parts_of(toy_dataset, one))) for one in (run, changed))
     assert_equal(plain, also)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_any_place_is_the_same_on_any_number_of_ranks_with_any_number_of_workers(toy_dataset: Dataset, second: Dataset,
+                                                                                 straight: list[list[Batch]]) -> None:
+    """A step from each of ten places, of a mixture with grouped captions and augmentation; no rank and no worker has seen what came before."""
+    row, run = [batch for step in straight for batch in step], mixed_run(toy_dataset, second)
+    state, places = loader_of(toy_dataset, run).state, np.random.default_rng(2).choice(200, 10, replace=False).tolist()
+    layouts = [(1, 4), (2, 3), (3, 2), (4, 1), (6, 1), (8, 1), (2, 4), (3, 3), (8, 0), (6, 0)]
+    for (size, workers), place in zip(layouts, places, strict=True):
+        run = mixed_run(toy_dataset, second, workers=workers)
+        shares = [loader_of(toy_dataset, run, rank=rank, size=size, state=state | {"micro_batch": place}).next_step() for rank in range(size)]
+        assert_equal(row[place:place + 24], [batch for column in zip(*shares, strict=True) for batch in column])
