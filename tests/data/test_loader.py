@@ -86,7 +86,7 @@ def test_ranks_share_a_step_out_among_them(toy_dataset: Dataset, second: Dataset
 
 
 def test_a_resumed_loader_repeats_no_sample_and_skips_none_on_any_layout(toy_dataset: Dataset, second: Dataset, straight: list[list[Batch]]) -> None:
-    """From ten places, on other numbers of ranks, workers and micro-batches a step."""
+    """From ten places, with other numbers of micro-batches a step."""
     run = mixed_run(toy_dataset, second)
     row = [batch for step in straight for batch in step]
     places = np.random.default_rng(0).choice(200, 10, replace=False).tolist()
