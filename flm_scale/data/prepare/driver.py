@@ -92,14 +92,21 @@ def remembered(folder: Path) -> tuple[Spec, list[Path]]:
 
 
 @contextmanager
-def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions, *, scorer: MakeScorer | None) -> Iterator[Plan]:
-    """Hold the folder, and open the inputs; what a killed driver left half done there is brought to its end."""
+def opened(inputs: Sequence[Path], folder: Path, spec: Spec, options: FleetOptions, *, scorer: MakeScorer | None,
+           afresh: bool = False) -> Iterator[Plan]:
+    """Hold the folder, and open the inputs; what a killed driver left half done there is brought to its end.
+
+    afresh: read inputs that have their old size and time of change, too.
+    """
     folder, spec = folder.resolve(), spec.anchored()
     try:
         if not (folder / FOLDER).exists() and folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} holds files that no preparation has made; choose an empty folder for --output")
         with locked(folder), stopped_by_signals():
-            found = read_inputs(spec, inputs, Seen(folder / FOLDER / "inputs.seen"))
+            seen = folder / FOLDER / "inputs.seen"
+            if afresh:
+                seen.unlink(missing_ok=True)
+            found = read_inputs(spec, inputs, Seen(seen))
             if around := next((entry.path for entry in found if folder.is_relative_to(entry.path) and not entry.path.is_relative_to(folder)), None):
                 raise ConfigError(f"--output {folder} lies in --input {around} and would become a part of it; choose another --output")
             _remember(folder / FOLDER / "preparation.json", spec, found)
@@ -186,8 +193,8 @@ def _score(plan: Plan) -> Meter:
         is_done = dict(zip(committed, pool.map(partial(is_scored, plan.folder), committed.values()), strict=True))
     done = {name: shard for name, shard in committed.items() if is_done[name]}
     todo = [work for work in plan.works if work.name not in done]
-    # Nothing is started twice: the slower rewrite would take the quicker one's counts away.
-    options = replace(plan.options, straggler_seconds=float("inf"))
+    # Nothing is started twice: the slower rewrite would take the quicker one's counts away. A batch of a large model takes a core many minutes.
+    options = replace(plan.options, straggler_seconds=float("inf"), row_seconds=float("inf"))
     with ray_session(options) if todo else nullcontext():
         device = _device(options.gpu_workers) if todo else "cpu"
         doing = partial(score_shard, plan.folder, plan.spec.score.minimum, plan.scorer(plan.spec.score, device))

@@ -26,7 +26,7 @@ def print_plan(inputs: Sequence[Path], spec: Spec, *, rows: int, options: FleetO
     source = max(range(len(found)), key=lambda number: found[number].rows)
     first = max(0, (found[source].rows - rows) // 2)
     sample = Work(spec.split, 0, source, first, min(first + rows, found[source].rows))
-    alone, ends = replace(options, workers=1, ray_address="local", labels=()), []  # the folder is this machine's alone
+    alone, ends = replace(options, workers=1, ray_address="local", labels=(), row_seconds=float("inf")), []  # the folder is this machine's alone
     with tempfile.TemporaryDirectory() as folder, stopped_by_signals(), ray_session(alone):
         doings: list[Doing[Work]] = [partial(prepare_shard, Path(folder), spec, found)]
         if spec.score.pretrained and scorer:

@@ -97,7 +97,7 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
                            preparation=preparation, readme=readme)
     if tokenizer:
         give_tokenizer(dataset)
-    if any((folder / entry.name).is_symlink() for entry in entries):
+    if spec.input.adopt and any((folder / entry.name).is_symlink() for entry in entries):
         print(f"{folder}: its tars are symbolic links, because the file system gives them no second name; keep what was imported", file=sys.stderr)
     return dataset
 

@@ -73,7 +73,7 @@ def repair(folder: Path, *, options: FleetOptions, scorer: MakeScorer | None = N
 
 
 def _repair(folder: Path, spec: Spec, inputs: Sequence[Path], options: FleetOptions, scorer: MakeScorer | None) -> bool:
-    with opened(inputs, folder, spec, options, scorer=scorer) as plan:
+    with opened(inputs, folder, spec, options, scorer=scorer, afresh=spec.input.adopt) as plan:  # a tar may have rotted under its old time
         committed = committed_shards(plan)
         for name in [name for name in committed if not is_whole(plan.folder, name)]:
             print(f"flm: shard {name} is damaged and made again", file=sys.stderr)

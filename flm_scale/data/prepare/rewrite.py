@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from flm_scale.data.index import index_columns, map_index
 from flm_scale.data.manifest import Shard, stats_name
+from flm_scale.data.prepare.ledger import FOLDER
 from flm_scale.data.prepare.rows import quoted
+from flm_scale.data.prepare.seen import Seen
 from flm_scale.data.shards import Adopted, Place, Sample, read_committed_shard, write_shard
 from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import read_json, read_shard
@@ -60,7 +62,9 @@ def _move(staging: Path, folder: Path) -> None:
     """Put a rewritten shard in place, its counts last."""
     files = [path for path in staging.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path.name.endswith("_stats.json")):
-        path.replace(folder / path.relative_to(staging))
+        place = folder / path.relative_to(staging)
+        if not (place.exists() and path.samefile(place)):  # an adopted tar stays, whichever way it was linked again
+            path.replace(place)
     shutil.rmtree(staging)
 
 
@@ -95,7 +99,7 @@ def read_table(folder: Path, shard: Shard, columns: list[str] | None = None) -> 
 
 def altered_tars(folder: Path) -> list[str]:
     """Return a line for each adopted tar that is gone, or another one by now, where it was found."""
-    lines = []
+    lines, seen = [], Seen(folder / FOLDER / "inputs.seen")
     for stats in sorted(folder.glob("*/[!.]*_stats.json")):
         name = f"{stats.parent.name}/{stats.name.removesuffix('_stats.json')}.tar"
         try:
@@ -104,10 +108,10 @@ def altered_tars(folder: Path) -> list[str]:
         except (ValueError, KeyError):  # damaged: the shard is made again
             continue
         try:
-            now = file_sha256(Path(tar))
+            now = seen.look(Path(tar), is_tar=True).sha256
             problem = f"has the sha256 {now[:12]} and had {before[:12]} when it was imported" if now != before else ""
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
+        except DataError as error:
+            problem = f"is refused ({error})"
         lines += [f"shard {name} is {tar}, which {problem}"] if problem else []
     return lines
 

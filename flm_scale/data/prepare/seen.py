@@ -21,7 +21,7 @@ class Look(NamedTuple):
     modified_ns: int
     sha256: str
     rows: int
-    """Samples of a tar; 0 for any other file."""
+    """Samples of a tar; -1 of a file that was not looked at as one."""
 
 
 class Seen:
@@ -38,12 +38,12 @@ class Seen:
             with path.open("rb") as stream:
                 stat = os.fstat(stream.fileno())
                 known = self._known.get(str(path))
-                if known and known[:2] == (stat.st_size, stat.st_mtime_ns):
+                if known and known[:2] == (stat.st_size, stat.st_mtime_ns) and (known.rows >= 0 or not is_tar):
                     return known
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest() if self._hashed else ""
         except OSError as error:
             raise DataError(f"input {path} cannot be read ({error.strerror}); correct the path or its rights") from error
-        found = Look(stat.st_size, stat.st_mtime_ns, sha256, _count_samples(path) if is_tar else 0)
+        found = Look(stat.st_size, stat.st_mtime_ns, sha256, _count_samples(path) if is_tar else -1)
         if self._notes:
             with self._lock, self._notes.open("a", encoding="utf-8") as notes:
                 notes.write("\n" + json.dumps({"path": str(path), **found._asdict()}))  # the line before may be torn

@@ -17,7 +17,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from flm_scale.data.images import FORMATS, Fitted, fit_image, read_header
+from flm_scale.data.images import Fitted, fit_image, read_header
 from flm_scale.data.manifest import Shard
 from flm_scale.data.prepare.filters import column_fate, keep_captions, perceptual_hash, read_forbidden, size_fate
 from flm_scale.data.prepare.inputs import Input
@@ -232,7 +232,7 @@ class _Shard:
                 if fate := size_fate(*size, image):
                     return Verdict("filtered", fate, sha256=sha256, original_size=size)
                 if self.adopted:
-                    fitted = Fitted(data, next(name for name, kind in FORMATS.items() if kind == header.format), *size, *size)
+                    fitted = Fitted(data, "jpg", *size, *size)  # nobody asks for the format
                 else:
                     fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
                                        quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)

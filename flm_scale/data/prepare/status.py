@@ -141,7 +141,7 @@ class Meter:
         if rows < ALARM_ROWS or most < ALARM_SHARE * rows:
             return ""
         return (f"{most / rows:.0%} of the last {rows:,} rows are lost to {reason}: look at this machine's name server, proxy and address; "
-                f"what is lost can be fetched again: flm data retry --failed --reason {reason}")
+                f"what is lost can be fetched again: flm data retry OUTPUT --failed --reason {reason}")
 
 
 def _idle(fleet: Fleet[Any] | None, seconds: float) -> str:

@@ -254,6 +254,24 @@ def test_a_byte_that_changes_behind_the_link_is_found_by_name(spec: Spec, tars: 
         dataset.index("train").read_image(2)
 
 
+def test_a_tar_that_cannot_be_linked_again_stays_where_a_shard_loses_duplicates(spec: Spec, tars: Path, tmp_path: Path,
+                                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, inputs = tmp_path / "data", open_inputs(spec, [tars])
+    folder.mkdir()
+    works = plan_work(spec, inputs)
+    for work in works:
+        prepare_shard(folder, spec, inputs, work, attempt=0)
+
+    def refused(_link: Path, _file: Path) -> None:
+        raise PermissionError("hard links to somebody else's files are not allowed")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    entries = [read_committed_shard(folder, work.name) for work in works]
+    dataset = finish(folder, spec, inputs, [entry for entry in entries if entry])
+    assert not any((folder / shard.name).is_symlink() for shard in dataset.shards())
+    assert not verify(dataset)
+
+
 def test_a_tar_that_is_exchanged_while_it_is_imported_is_refused(spec: Spec, tmp_path: Path) -> None:
     original = write_tar(tmp_path / "a.tar", SECOND)
     inputs = open_inputs(spec, [original])
@@ -394,9 +412,11 @@ def test_the_command_imports_with_a_fleet_and_every_other_command_takes_it(spec:
     assert main(["data", "repair", str(folder), "--workers", "1"]) == 0
     assert open_dataset(folder).root == root
     assert (folder / "train/00000.tar").samefile(there / "00003.tar")
+    times = (there / "00003.tar").stat()
     with (there / "00003.tar").open("r+b") as file:
         file.seek(2000)
         file.write(b"\xff")
+    os.utime(there / "00003.tar", ns=(times.st_atime_ns, times.st_mtime_ns))  # a disk that rots changes no time
     capsys.readouterr()
     assert main(["data", "verify", str(folder)]) == 2
     assert "shard train/00000.tar has the sha256 " in capsys.readouterr().err

@@ -46,6 +46,12 @@ def test_a_file_that_was_read_is_known_at_the_next_start_until_it_changes(tmp_pa
     assert counted == [tars / "1.tar"]
 
 
+def test_a_tar_that_was_taken_for_another_kind_of_file_at_a_first_try_is_counted_at_the_next(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", samples=3)
+    Seen(tmp_path / "inputs.seen").look(tar, is_tar=False)
+    assert open_inputs(SHARDS, [tar], seen=Seen(tmp_path / "inputs.seen"))[0].rows == 3
+
+
 def test_without_notes_every_file_is_read_and_none_written(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", samples=1)
     (opened,) = open_inputs(SHARDS, [tar])
