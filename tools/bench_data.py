@@ -35,7 +35,7 @@ from flm_scale.data.loader import Loader, costs_of, open_mixture
 from flm_scale.data.manifest import Shard
 from flm_scale.data.order import Costs, Shuffle
 from flm_scale.data.shards import Dataset, Sample, seal_dataset, write_shard
-from flm_scale.data.sidecars import write_sidecars
+from flm_scale.data.sidecars import give_tokenizer, write_sidecars
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.objectives.objective import build_objective
 from flm_scale.recipes import RECIPES, flm_1b
@@ -213,9 +213,7 @@ def write_stored(folder: Path, *, samples: int, per_shard: int = 1000) -> Datase
         for number, first in enumerate(range(0, samples, per_shard))]
     dataset = seal_dataset(folder, name="stored", sources=[], splits={"train": entries}, readme="")
     train_tokenizer(words * 10, vocab_size=40, model_file=dataset.tokenizer_file)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer)
-    dataset.set_tokenizer(tokenizer.fingerprint, tokenizer.vocab_size)
+    give_tokenizer(dataset)
     CONSOLE.print(f"{samples:,} pictures of {np.mean([len(picture) for picture in pictures]) / 1e3:.1f} KB")
     return dataset
 

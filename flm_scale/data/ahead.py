@@ -78,12 +78,13 @@ def machines_of(environ: Mapping[str, str]) -> int:
 class ReadAhead(Dataset[Batch]):
     """Makes what a Task asks for; lives in the workers."""
 
-    def __init__(self, dataset: Dataset[Batch], sources: Sequence[Source], *, least_share: float) -> None:
-        """dataset: makes the batch of an order.   sources: its datasets.   least_share: of `Index.keep_chunk`."""
+    def __init__(self, dataset: Dataset[Batch], sources: Sequence[Source], *, processes: int, least_share: float) -> None:
+        """dataset: makes the batch of an order.   sources: its datasets.   processes: of `tasks`.   least_share: of `Index.keep_chunk`."""
         self.dataset, self.sources, self.least_share = dataset, sources, least_share
         self.dropped = multiprocessing.Event()
         self._begun: tuple[OrderLike, Future[None]] | None = None
-        self._chunks: deque[Chunk] = deque(maxlen=WINDOW)
+        # Of all processes half a window: what has waited longer comes too late.
+        self._chunks: deque[Chunk] = deque(maxlen=max(1, WINDOW // 2 // processes))
         self._copies: list[Future[None]] = []
 
     def __getitem__(self, task: Task) -> Batch:
@@ -116,7 +117,7 @@ class Chunks:
 
     def __init__(self, indexes: Sequence[Index], *, replicas: int, least_share: float) -> None:
         """indexes: of the datasets of a mixture.   replicas: each has its part of a common order; this is one's.   least_share: of `ReadAhead`."""
-        self._indexes, self._replicas = [index if least_share <= 1 and isinstance(index.folder, Url) else None for index in indexes], replicas
+        self._indexes, self._replicas = [index if least_share < 1 and isinstance(index.folder, Url) else None for index in indexes], replicas
         self.looked_ahead = LOOKED_AHEAD // replicas if any(index is not None for index in self._indexes) else 0
         self._uses, self._asked, self._waiting, self._seen = Counter[Chunk](), dict[Chunk, int](), deque[Chunk](), 0
 
@@ -131,8 +132,11 @@ class Chunks:
 
     def ask(self, order: OrderLike) -> tuple[Chunk, ...]:
         """Return what is to be read along with an order: four times what comes in on average, so a window's are read well before they are needed."""
-        count = -(-4 * len(order.entries) * self._replicas // CHUNK)
-        return tuple(self._waiting.popleft() for _ in range(min(len(self._waiting), count)))
+        count, asked = -(-4 * len(order.entries) * self._replicas // CHUNK), list[Chunk]()
+        while self._waiting and len(asked) < count:
+            if (chunk := self._waiting.popleft()) in self._uses:  # not forgotten meanwhile
+                asked.append(chunk)
+        return tuple(asked)
 
     def leave(self, order: OrderLike) -> None:
         """Forget, on disk too, what no order after this one needs."""

@@ -148,7 +148,13 @@ class ShardCache(Generic[Item]):
     def fetch(self, numbers: Iterable[int]) -> None:
         """Make what is missing for some pictures, of several shards at once: where files must be copied first, nearly all of it is waiting."""
         wanted = sorted({self.find(number)[0] for number in numbers})
-        rest = iter(wanted)
+        rest, misses = iter(wanted), self.of_shard.cache_info().misses
+        for shard in rest:  # threads cost more than looking up what is there
+            self.of_shard(shard)
+            if self.of_shard.cache_info().misses > misses:
+                break
+        else:
+            return
         for part in [in_background(lambda: deque(map(self.of_shard, rest), maxlen=0)) for _ in wanted[:FETCHED_AT_ONCE]]:
             part.result()
 

@@ -262,9 +262,10 @@ def torch_loader(dataset: MicroBatches | Mixture, orders: Iterable[Order], *, wo
     if not any(isinstance(source.index.folder, Url) for source in sources):
         return load(dataset, orders)
     least_share = LEAST_SHARE * min(machines_of(os.environ), replicas)
-    reader = ReadAhead(dataset, sources, least_share=least_share)
+    processes = max(workers, 1)
+    reader = ReadAhead(dataset, sources, processes=processes, least_share=least_share)
     chunks = Chunks([source.index for source in sources], replicas=replicas, least_share=least_share)
-    asked = tasks(orders, chunks, processes=max(workers, 1), under_way=workers * PREFETCHED + 1)
+    asked = tasks(orders, chunks, processes=processes, under_way=workers * PREFETCHED + 1)
     return Droppable(iter(load(reader, asked)), reader.dropped)
 
 

@@ -306,6 +306,14 @@ def test_a_dataset_behind_a_web_server_that_knows_ranges_is_read(toy_dataset: Da
     assert proxy.faults
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_a_chunk_that_nothing_needs_any_more_is_not_asked_for(toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "LOOKED_AHEAD", 0)
+    orders = [Order(0, tuple(Entry(image, (0,)) for image in range(0, 64, 8))), *(Order(0, (Entry(image, (0,)),)) for image in range(1, 6))]
+    chunks = Chunks([far(toy_dataset).index("train")], replicas=1, least_share=0.01)
+    assert [len(task.chunks) for task in tasks(orders, chunks, processes=1, under_way=1)] == [4, 1, 0, 0, 0, 0]
+
+
 def test_ranges_of_nothing_ask_for_nothing_however_often_they_come() -> None:
     nowhere = Url("memory://nowhere/a.tar")
     assert read_ranges([Range(nowhere, 0, 0), Range(nowhere, 0, 0), Range(nowhere, 7, 0)]) == [b"", b"", b""]
