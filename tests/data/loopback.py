@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 import threading
+from contextlib import suppress
 
 
 class Loopback:
@@ -32,11 +33,11 @@ class Loopback:
             started.set()
             await self._stopping.wait()
             server.close()
-            answers = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in answers:
-                task.cancel()
-            await asyncio.gather(*answers, return_exceptions=True)
-            await asyncio.sleep(0)  # closed transports let go of their sockets
+            while answers := asyncio.all_tasks() - {asyncio.current_task()}:  # a connection that is being taken becomes one
+                for task in answers:
+                    task.cancel()
+                await asyncio.gather(*answers, return_exceptions=True)
+                await asyncio.sleep(0)  # closed transports let go of their sockets
 
         self._loop.set_exception_handler(lambda *_: None)  # clients that hang up
         self._loop.run_until_complete(serve())
@@ -50,3 +51,5 @@ class Loopback:
             if writer.transport.get_write_buffer_size():
                 writer.transport.abort()
             writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
