@@ -52,7 +52,7 @@ def test_masses_of_one_network_failure_raise_an_alarm_that_says_what_to_do_and_e
         meter.take(done(number, success=100, dns=350, http_404=50))
     alarm = meter.status("running").alarm
     assert alarm.startswith("70% of the last 1,000 rows are lost to dns: look at")
-    assert "retry --failed --reason dns" in alarm
+    assert "flm data retry OUTPUT --failed --reason dns" in alarm
     for number in range(4, 7):
         meter.take(done(number, success=450, dns=50))
     assert not meter.status("running").alarm
