@@ -12,6 +12,8 @@ class Loopback:
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.tls = tls
         self._loop, started = asyncio.new_event_loop(), threading.Event()
+        # By strong reference: what waits for another connection while its own client has hung up is held by nothing else, and may be collected.
+        self._answering: set[asyncio.Task[None] | None] = set()
         self._thread = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._thread.start()
         assert started.wait(10)
@@ -32,9 +34,11 @@ class Loopback:
             self.port = server.sockets[0].getsockname()[1]
             started.set()
             await self._stopping.wait()
-            server.close()
+            # A server that closes loses the socket of what it has accepted and not connected yet: no more come in first.
+            self._loop.remove_reader(server.sockets[0].fileno())
             for _ in range(4):  # accepted, connected, answered: who is ended before its first turn closes nothing
                 await asyncio.sleep(0)
+            server.close()
             while answers := asyncio.all_tasks() - {asyncio.current_task()}:
                 for task in answers:
                     task.cancel()
@@ -45,6 +49,7 @@ class Loopback:
         self._loop.run_until_complete(serve())
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._answering.add(task := asyncio.current_task())
         try:
             await self.answer(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -55,3 +60,4 @@ class Loopback:
             writer.close()
             with suppress(OSError):
                 await writer.wait_closed()
+            self._answering.discard(task)

@@ -26,10 +26,6 @@ from tests.data.prepare.server import Server, answer
 from tests.data.test_loader import assert_equal, loader_of, parts_of, toy_run
 from tests.test_train import lines_of, train
 
-# The proxy's side of a connection that a client has dropped may be collected before it is closed; what product code leaves open is its workers'.
-pytestmark = pytest.mark.filterwarnings(r"ignore:Exception ignored in. <(socket|function StreamWriter|function _SelectorTransport):"
-                                        "pytest.PytestUnraisableExceptionWarning")
-
 pytestmark = pytest.mark.skipif(not (find_spec("s3fs") and find_spec("moto")), reason="needs s3fs and moto: pip install flm_scale[dev]")
 BUCKET = "s3://bucket"
 
