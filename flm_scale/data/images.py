@@ -160,7 +160,6 @@ class Fitted(NamedTuple):
     """A picture as it is stored, and the sizes that it had and has."""
 
     data: bytes
-    image_format: ImageFormat
     width: int
     height: int
     original_width: int
@@ -190,7 +189,7 @@ def fit_image(data: bytes, *, size: int, mode: Literal["keep_ratio", "center_cro
         stored = data
     else:
         stored = _encode(pixels, image_format, quality)
-    return Fitted(stored, image_format, width, height, header.width, header.height)
+    return Fitted(stored, width, height, header.width, header.height)
 
 
 def codec_versions() -> dict[str, str]:

@@ -76,7 +76,7 @@ class Sample:
     columns: Mapping[str, int | float | str] = field(default_factory=dict)
     """More columns for the index, the same in every sample of a shard: original_width, original_height, original_sha256, phash, and scores."""
     place: Place | None = None
-    """In an adopted tar; `image` does not count then, and may be empty."""
+    """In an adopted tar; `image` does not count then, nor its format, and may be empty."""
 
 
 class Adopted(NamedTuple):

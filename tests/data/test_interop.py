@@ -16,13 +16,14 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from flm_scale.data.images import decode_image, fit_image, read_header
+from flm_scale.data.images import ImageFormat, decode_image, fit_image, read_header
 from flm_scale.data.shards import Dataset, Sample, write_dataset
 from flm_scale.data.sources import Package, fetch
 from flm_scale.data.tar import ShardError, TarSample, list_members, read_json, read_shard
 from flm_scale.errors import DataError
 
 THEIRS = Path(__file__).parent / "img2dataset"
+FORMATS: tuple[ImageFormat, ImageFormat] = ("jpg", "png")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
 
 
@@ -38,10 +39,10 @@ def samples() -> list[Sample]:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 24, 32, 3), dtype=np.uint8)
     made = []
     for number, array in enumerate(pixels):
-        file = io.BytesIO()
+        file, image_format = io.BytesIO(), FORMATS[number % 2]
         Image.fromarray(array).save(file, "PNG")
-        picture = fit_image(file.getvalue(), size=24, mode="keep_ratio", image_format="png" if number % 2 else "jpg")
-        made.append(Sample(f"a-{number:03d}_B", picture.data, picture.image_format, [f"caption {number}, «ünïcode»\n", "another"], [], [], "",
+        picture = fit_image(file.getvalue(), size=24, mode="keep_ratio", image_format=image_format)
+        made.append(Sample(f"a-{number:03d}_B", picture.data, image_format, [f"caption {number}, «ünïcode»\n", "another"], [], [], "",
                            picture.width, picture.height, extras={"source": "drawn"}))
     return made
 

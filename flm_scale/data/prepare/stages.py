@@ -232,7 +232,7 @@ class _Shard:
                 if fate := size_fate(*size, image):
                     return Verdict("filtered", fate, sha256=sha256, original_size=size)
                 if self.adopted:
-                    fitted = Fitted(data, "jpg", *size, *size)  # nobody asks for the format
+                    fitted = Fitted(data, *size, *size)
                 else:
                     fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
                                        quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
@@ -255,7 +255,7 @@ class _Shard:
         kept = {name: row.columns[name] for name in self.kinds if name not in RESERVED}
         # A missing score is NaN in the index, where every row of a column has a value; JSON leaves it out.
         scores = {name: math.nan if value is None else float(value) for name, value in kept.items() if self.kinds[name] != "str"}
-        return Sample(key=self._key(number, row), image=fitted.data, image_format=fitted.image_format, captions=captions,
+        return Sample(key=self._key(number, row), image=fitted.data, image_format=self.spec.image.format, captions=captions,
                       questions=list(row.questions), answers=list(row.answers), concept=row.concept, width=fitted.width, height=fitted.height,
                       place=Place(row.offset, len(fitted.data), sha256) if self.adopted else None,
                       columns=about | ({} if phash is None else {"phash": phash}) | scores,
