@@ -11,6 +11,7 @@ import pytest
 from flm_scale.data import actors
 
 OWNER = "import sys; from flm_scale.data import actors\nwith actors._temporary_folder() as folder: print(folder, flush=True); sys.stdin.read()"
+STARTING = "import sys; print(flush=True); sys.stdin.read()"
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,8 @@ def test_a_folder_stays_while_its_process_lives_and_goes_when_that_was_killed(te
     with subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         folder = Path(owner.stdout.readline().strip())
         (folder / "session" / "logs").mkdir(parents=True)
-        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", f"--temp-dir={folder}"]) as starting:
+        with subprocess.Popen([sys.executable, "-c", STARTING, f"--temp-dir={folder}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as starting:
+            starting.stdout.readline()  # while a process is still being made it has no command line to be known by
             actors.remove_abandoned_folders()
             assert (folder / "session" / "logs").exists()
             assert starting.poll() is None
