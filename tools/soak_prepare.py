@@ -101,14 +101,15 @@ class Soak:
         for number, kind in enumerate(kills):
             # When so many shards are done: the last kill is before the end.
             due = 0.9 * shards * number / len(kills)
-            while process.poll() is None and (len(done(output)) < due or not at_work(process.pid, output)):
+            while process.poll() is None and len(done(output)) < due:
+                time.sleep(0.05)
+            time.sleep(self.chance.uniform(0, 0.5))
+            while process.poll() is None and not (workers := at_work(process.pid, output)):
                 time.sleep(0.05)
             if process.poll() is not None:
                 return f"it ended with {process.returncode} before kill {number + 1}"
-            time.sleep(self.chance.uniform(0, 0.5))
             if kind == "worker":
-                with suppress(psutil.Error, IndexError):
-                    self.chance.choice(at_work(process.pid, output)).kill()
+                self.chance.choice(workers).kill()
             else:
                 process.kill()
                 process.wait()
