@@ -86,6 +86,10 @@ class State(NamedTuple):
     target_parts: Int[Tensor, " R"]
     pooled_rows: Int[Tensor, " pooled"]
     """Row that stands for each caption whose objective names one; none in pretraining."""
+    sizes: Int[Tensor, "N I"]
+    """Patches that each image row stands for; [N, 0] where rows are not merged."""
+    merge_slots: Int[Tensor, "N I_or_0"]
+    """Row that each image row becomes in the merge that the next layer begins with; [N, 0] where it begins with none."""
 
     def packed(self) -> tuple[Tensor, Int[Tensor, " integers"]]:
         """Return the rows, and all integers with their shapes as one tensor: what one pipeline stage sends to the next."""

@@ -20,6 +20,7 @@ from flm_scale.cli_data import VERBS as DATA_VERBS
 from flm_scale.config import Run
 from flm_scale.errors import ConfigError, ToldElsewhereError, UserError, did_you_mean
 from flm_scale.recipes import RECIPES
+from flm_scale.section import of_kinds
 
 RunDir = Annotated[Path, tyro.conf.Positional]
 
@@ -31,7 +32,7 @@ def data_order(recipe: Annotated[str, tyro.conf.Positional], *, step: int) -> No
         recipe: a recipe's name, or a run directory.
         step: optimizer step, counted from 1.
     """
-    from flm_scale.train import step_keys
+    from flm_scale.opening import step_keys
 
     print("\n".join(step_keys(_run_of(recipe), step=step)))
 
@@ -48,29 +49,35 @@ def tokenizer_train(folder: RunDir, *, vocab_size: int = 8000) -> None:
     print(train_dataset_tokenizer(folder, vocab_size=vocab_size))
 
 
-def tokenizer_encode(folder: RunDir, *, workers: int = os.cpu_count() or 1) -> None:
-    """Write the token ids of a dataset's captions beside its shards, by the tokenizer that it has; `flm tokenizer train` does so too.
+def tokenizer_encode(folder: RunDir, *, tokenizer: Path | None = None, workers: int = os.cpu_count() or 1) -> None:
+    """Write the token ids of a dataset's captions beside its shards, by the tokenizer that it has (as `train` does) or by a language model's.
+
+    Those that are there already stay, so a killed command goes on where it was.
 
     Args:
         folder: the dataset.
+        tokenizer: folder of a language model from Hugging Face, with its tokenizer.json. The dataset's own tokenizer and root stay as they are.
         workers: threads that encode.
     """
     from flm_scale.data.shards import open_dataset
-    from flm_scale.data.sidecars import write_sidecars
-    from flm_scale.data.tokens import Tokenizer
+    from flm_scale.data.sidecars import folder_of, write_sidecars
+    from flm_scale.data.tokens import LmTokenizer, Tokenizer
 
     dataset = open_dataset(folder)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    write_sidecars(dataset, tokenizer, workers=workers)
-    print(f"{folder}: token ids of {', '.join(dataset.splits)} by the tokenizer {tokenizer.fingerprint[:12]}")
+    words = LmTokenizer(tokenizer) if tokenizer else Tokenizer(dataset.tokenizer_file)
+    captions = write_sidecars(dataset, words, workers=workers)
+    counts = ", ".join(f"{split} ({count:,} captions)" for split, count in captions.items())
+    print(f"{folder_of(folder, words.fingerprint)}: token ids of {counts} by {tokenizer or 'the tokenizer'} {words.fingerprint[:12]}")
 
 
 def tokenizer_show(folder: RunDir, texts: Annotated[list[str], tyro.conf.Positional] = []) -> None:  # noqa: B006 - tyro reads the default
-    """Print a dataset's tokenizer, and how it cuts the given texts."""
-    from flm_scale.data.tokens import Tokenizer
+    """Print the tokenizer of a dataset or of a language model's folder, and how it cuts the given texts."""
+    from flm_scale.data.manifest import DATASET
+    from flm_scale.data.tokens import LM_FILE, LmTokenizer, Tokenizer
 
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    print(f"{folder / 'tokenizer.model'}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+    file = folder / ("tokenizer.model" if (folder / DATASET).exists() else LM_FILE)
+    tokenizer = LmTokenizer(folder) if file.name == LM_FILE else Tokenizer(file)
+    print(f"{file}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
     for text in texts:
         print(" ".join(tokenizer.pieces(tokenizer.encode(text, max_length=1000))))
 
@@ -255,7 +262,7 @@ def _train(words: list[str]) -> None:
     name, rest = words[0], words[1:]
     if name not in RECIPES:
         raise ConfigError(f"no recipe '{name}'{did_you_mean(name, RECIPES)} (there is: {', '.join(RECIPES)})")
-    default = RECIPES[name]()
+    default = of_kinds(RECIPES[name](), rest)
 
     # A bare --resume stands for the latest checkpoint.
     rest = [part for word, after in itertools.zip_longest(rest, rest[1:], fillvalue="--")
@@ -289,7 +296,7 @@ def _plan(words: list[str]) -> None:
     name = words[0]
     if name not in RECIPES and not Path(name).is_dir():
         raise ConfigError(f"no recipe or run directory '{name}'{did_you_mean(name, RECIPES)} (recipes: {', '.join(RECIPES)})")
-    default = _run_of(name)
+    default = of_kinds(_run_of(name), words[1:])
 
     def plan_run(run: Annotated[Run, tyro.conf.arg(name="")] = default, *, nodes: int = 1, gpus_per_node: int = 8, gpu_gb: float = 80.0,
                  peak_tflops: float = 989.0, mfu: float = 0.35) -> None:

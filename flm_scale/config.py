@@ -7,35 +7,11 @@ and impossible values raise ConfigError with the value and the remedy. Nothing h
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from flm_scale.errors import ConfigError, did_you_mean
-
-
-class Section(BaseModel):
-    """A frozen group of values that refuses unknown keys and loose types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def replace(self, **changes: Any) -> Self:  # noqa: ANN401 - any field's value
-        """Return the section with other values, checked like any other (pydantic's own model_copy does not check)."""
-        return type(self)(**dict(self) | changes)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explain(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:  # noqa: ANN401 - pydantic hands over anything
-        """Turn pydantic's report into one line that names the value and the rule."""
-        try:
-            return build(data)
-        except ValidationError as error:
-            raise ConfigError("; ".join(cls._explain_one(dict(problem)) for problem in error.errors())) from None
-
-    @classmethod
-    def _explain_one(cls, problem: dict[str, Any]) -> str:
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            return f"{cls.__name__} has no key '{path}'{did_you_mean(path, cls.model_fields)}"
-        return f"{cls.__name__}.{path} ({problem['input']!r}): {problem['msg']}"
+from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.errors import ConfigError
+from flm_scale.section import Section
 
 
 class FlmConfig(Section):
@@ -78,6 +54,14 @@ class PrefixLmConfig(Section):
     """Share of content tokens, at the end of the caption, that are predicted."""
     draw_rate: bool = False
     """Draw the rate once per caption from U(0, target_rate)."""
+
+
+class CaptioningConfig(Section):
+    """What a frozen language model says of a picture: the caption's tokens, from the left (SimVLG's one loss)."""
+
+    kind: Literal["captioning"] = "captioning"
+    prompt: str = ""
+    """Text between the picture and every caption, which is read and not predicted."""
 
 
 class VisionSection(Section):
@@ -124,6 +108,7 @@ class SmallVisionConfig(VisionSection):
 class TextConfig(Section):
     """The text transformer and the reconstructor beside it."""
 
+    kind: Literal["transformer"] = "transformer"
     width: int = Field(768, ge=1)
     heads: int = Field(12, ge=1)
     bottom_layers: int = Field(6, ge=0)
@@ -332,8 +317,17 @@ class LogConfig(Section):
         return self
 
 
-Objective = Annotated[FlmConfig | MlmConfig | ArConfig | PrefixLmConfig, Field(discriminator="kind")]
+Objective = Annotated[FlmConfig | MlmConfig | ArConfig | PrefixLmConfig | CaptioningConfig, Field(discriminator="kind")]
 Vision = Annotated[OpenClipVisionConfig | SmallVisionConfig, Field(discriminator="kind")]
+
+
+def _kind_of_text(section: Any) -> str:  # noqa: ANN401 - what a file or a caller gives
+    """Return the kind; runs from before there was a choice name none."""
+    kind: str = section.get("kind", "transformer") if isinstance(section, dict) else getattr(section, "kind", "")
+    return kind
+
+
+Text = Annotated[Annotated[TextConfig, Tag("transformer")] | Annotated[LanguageModelConfig, Tag("language_model")], Discriminator(_kind_of_text)]
 
 
 class Run(Section):
@@ -349,13 +343,20 @@ class Run(Section):
     """Recompute activations in the backward pass, layer by layer: less memory, about a third more compute."""
     objective: Objective = FlmConfig()
     vision: Vision = OpenClipVisionConfig()
-    text: TextConfig = TextConfig()
+    text: Text = TextConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     bad_step: BadStepConfig = BadStepConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def transformer(self) -> TextConfig:
+        """The text transformer. Raises ConfigError for a run around a frozen language model, which has none."""
+        if isinstance(self.text, TextConfig):
+            return self.text
+        raise ConfigError(f"text.kind ('{self.text.kind}'): this is made for runs with a text transformer of their own (text.kind transformer)")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -364,8 +365,14 @@ class Run(Section):
                               f"({self.text.max_length}); raise the first or lower the second")
         if self.optim.warmup_steps >= self.steps and self.optim.schedule != "constant":
             raise ConfigError(f"optim.warmup_steps ({self.optim.warmup_steps}) must be below steps ({self.steps})")
-        if self.text.heads % self.parallel.tensor:
+        if isinstance(self.text, TextConfig) and self.text.heads % self.parallel.tensor:
             raise ConfigError(f"text.heads ({self.text.heads}) must be a multiple of parallel.tensor ({self.parallel.tensor}); change one of them")
+        if isinstance(self.text, LanguageModelConfig) and self.parallel.tensor * self.parallel.pipe > 1:
+            raise ConfigError(f"parallel.tensor ({self.parallel.tensor}) and parallel.pipe ({self.parallel.pipe}) do not go with a frozen language "
+                              "model, which each process runs whole; leave them at 1; --parallel.zero 3 shares its weights")
+        if isinstance(self.text, LanguageModelConfig) != isinstance(self.objective, CaptioningConfig):
+            raise ConfigError(f"objective.kind ('{self.objective.kind}') does not go with text.kind ('{self.text.kind}'): 'captioning' is the "
+                              "objective of a frozen language model ('language_model') alone; begin with a recipe that has both")
         views = self.objective.passes if isinstance(self.objective, MlmConfig) else 1
         if views * self.text.max_length > self.batch.text_tokens or views > self.batch.captions:
             raise ConfigError(f"objective.passes ({views}) times text.max_length ({self.text.max_length}) must fit into batch.text_tokens "

@@ -196,9 +196,9 @@ def stage_memory(run: Run, config: dict[str, Any], names: Sequence[str], weights
     # A layer's gradients are about as large as what it kept, and where it is recomputed that stands beside them.
     busiest = max(left_behind[name].saved * (1 + is_recomputed(run, name)) for name in names)
     if "head" in names:
-        rows = run.text.vocab_size / run.parallel.tensor
+        rows = run.transformer.vocab_size / run.parallel.tensor
         # A chunk's logits and, in float32, the sum of the table's gradients and the chunk's.
-        busiest = max(busiest, 8 * TARGETS_PER_CHUNK * rows + 8 * rows * run.text.width)
+        busiest = max(busiest, 8 * TARGETS_PER_CHUNK * rows + 8 * rows * run.transformer.width)
     return Memory(*state, activations=in_flight * kept, buffers=busiest + buffer_bytes(weights, run, config))
 
 
@@ -218,7 +218,7 @@ def replica_bytes(run: Run, config: dict[str, Any], weights: list[Tensor], *, da
 def variants(run: Run, machine: Machine) -> Iterator[Run]:
     """Yield the run under every layout worth a look: tensor groups within a node, up to 16 stages, ZeRO 1 to 3, recomputing or not."""
     powers = [2 ** i for i in range(11)]
-    tensors = [tensor for tensor in powers if machine.gpus_per_node % tensor == 0 and run.text.heads % tensor == 0]
+    tensors = [tensor for tensor in powers if machine.gpus_per_node % tensor == 0 and run.transformer.heads % tensor == 0]
     for tensor, pipe, zero, recompute in product(tensors, powers[:5], (1, 2, 3), (False, True)):
         if machine.size % (tensor * pipe) == 0 and (pipe == 1 or zero == 1):
             yield run.replace(recompute=recompute, parallel=run.parallel.replace(

@@ -6,6 +6,7 @@ from pathlib import Path
 from flm_scale.config import (
     ArConfig,
     BatchConfig,
+    CaptioningConfig,
     DataConfig,
     FlmConfig,
     LogConfig,
@@ -18,6 +19,7 @@ from flm_scale.config import (
     SmallVisionConfig,
     TextConfig,
 )
+from flm_scale.config_lm import BridgeConfig, LanguageModelConfig, MergeConfig
 
 
 def demo() -> Run:
@@ -64,6 +66,24 @@ def debug() -> Run:
                         vocab_size=256, max_length=16),
         batch=BatchConfig(micro_batches=4, text_tokens=64, captions=8, images=8),
         optim=OptimConfig(lr=1e-2, warmup_steps=2), data=DataConfig(workers=0),
+    )
+
+
+def simvlg_demo() -> Run:
+    """SimVLG on the demo's pictures: a small tower and a bridge learn to speak through a frozen language model of 135 M weights.
+
+    Command: flm tokenizer encode data/demo --tokenizer FOLDER, then flm train simvlg_demo --text.name FOLDER, with SmolLM2-135M-Instruct in FOLDER,
+    or any other causal language model.   Needs: 2 CPU cores.   Expect: no score is claimed yet.
+    """
+    return Run(
+        name="simvlg_demo", steps=300, objective=CaptioningConfig(),
+        vision=SmallVisionConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4, output="penultimate"),
+        text=LanguageModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct", max_length=24, bridge=BridgeConfig(
+            width=128, heads=4, layers=4, reducer=MergeConfig(merged=(14,)))),
+        batch=BatchConfig(micro_batches=2, text_tokens=512, captions=32, images=32),
+        optim=OptimConfig(lr=1e-3, warmup_steps=30, schedule="cosine"),
+        parallel=ParallelConfig(engine="deepspeed", zero=1),
+        log=LogConfig(validate_every_steps=50),
     )
 
 
@@ -187,4 +207,4 @@ def flm_10b() -> Run:
 
 
 RECIPES: dict[str, Callable[[], Run]] = {recipe.__name__: recipe for recipe in (
-    demo, demo_mlm, demo_ar, demo_prefix_lm, debug, flm_base, mlm_base, ar_base, prefix_lm_base, flm_1b, flm_3b, flm_10b)}
+    demo, demo_mlm, demo_ar, demo_prefix_lm, debug, simvlg_demo, flm_base, mlm_base, ar_base, prefix_lm_base, flm_1b, flm_3b, flm_10b)}

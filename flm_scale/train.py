@@ -27,16 +27,17 @@ from flm_scale.checkpoint.saver import Saver
 from flm_scale.checkpoint.store import folders_of, last_good_together
 from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.data.loader import Loader, one_pass, open_mixture
 from flm_scale.data.shards import Dataset
-from flm_scale.data.tokens import Tokenizer
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError, ToldElsewhereError, UserError
 from flm_scale.guard import Guard
-from flm_scale.model.assemble import account_for, assemble, layer_builders
+from flm_scale.model.assemble import account_for, assemble, layer_builders, open_language_model
+from flm_scale.model.frozen_lm import FrozenLm
 from flm_scale.model.parts import PlainParts
-from flm_scale.model.pretrained import Account, PretrainedText
-from flm_scale.objectives.objective import Objective, build_objective
+from flm_scale.model.pretrained import Account, PretrainedEncoder
+from flm_scale.objectives.objective import Objective
 from flm_scale.observe.cost import BatchShapes, forward_flops, shape_of, training_flops
 from flm_scale.observe.heartbeat import Heartbeat
 from flm_scale.observe.layer_cost import stage_bounds
@@ -44,6 +45,7 @@ from flm_scale.observe.metrics import MetricsLog
 from flm_scale.observe.progress import Progress
 from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
+from flm_scale.opening import objective_of, open_language_tokens, open_pretrained, open_tokenizer, pin
 from flm_scale.parallel.mesh import find_layout, find_ranks
 from flm_scale.parallel.processes import any_rank, gather, meet, place, together
 from flm_scale.parallel.replica import ReplicaLoader
@@ -68,11 +70,12 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     ranks, _ = find_ranks(os.environ)
     layout = find_layout(run.parallel, world_size=ranks.size)
     micro_steps(run.batch, data_parallel_size=layout.data)
-    datasets = open_mixture(run.data)
+    datasets = open_mixture(run.data, open_language_tokens(run))
     dataset = datasets[0]
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    run = pin(run, datasets, tokenizer)
-    objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
+    tokenizer = open_tokenizer(run, dataset)
+    objective = objective_of(run, tokenizer)
+    language_model = open_language_model(run, run.text, objective) if isinstance(run.text, LanguageModelConfig) else None
+    run = pin(run, datasets, tokenizer, language_model)
     if run.log.validate_every_steps and not any(dataset.index(run.log.validation_split).captions):
         raise DataError(f"{run.data.path}: split '{run.log.validation_split}' has no caption to validate on; choose another "
                         "--log.validation-split, or --log.validate-every-steps 0")
@@ -84,10 +87,9 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
         if resume == "latest" and is_finished(run, run_dir):
             return
     checkpoint = together(lambda: find_checkpoint(run_dir, resume, run)) if resume is not None else None
-    reads_text = run.text.pretrained and not checkpoint
-    pretrained_text = together(lambda: PretrainedText(run.text, tokenizer.pieces(range(tokenizer.vocab_size)))) if reads_text else None
+    pretrained_text = together(lambda: open_pretrained(run, tokenizer)) if not checkpoint else None
     together(lambda: open_run_dir(run_dir, run, checkpoint, overwrite=overwrite) if ranks.rank == 0 else None)
-    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text)
+    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text, language_model=language_model)
     if checkpoint:
         go_on(engine, checkpoint)
 
@@ -259,22 +261,15 @@ def sigterm_asks() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def pin(run: Run, datasets: Sequence[Dataset], tokenizer: Tokenizer) -> Run:
-    """Return the run with the datasets' and tokenizer's hashes filled in. Raises ConfigError when the vocabulary is too small."""
-    if run.text.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"text.vocab_size ({run.text.vocab_size}) must be at least the tokenizer's {tokenizer.vocab_size}; "
-                          f"add --text.vocab-size {tokenizer.vocab_size}")
-    first, *also = (dataset.root for dataset in datasets)
-    return run.replace(data=run.data.replace(manifest_hash=first, also_hashes=tuple(also), tokenizer_hash=tokenizer.fingerprint))
-
-
-def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedText | None = None) -> Engine:
+def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedEncoder | None = None,
+                 language_model: FrozenLm | None = None) -> Engine:
     """Return the engine that the run names, around the run's model as it starts, or as it was saved.
 
-    pretrained_text: what `text.pretrained` names, which a run without a checkpoint starts from.
+    pretrained_text: what `open_pretrained` gave, which a run without a checkpoint starts from.   language_model: that is opened if it is none.
     Raises ConfigError for several processes on the local one.
     """
-    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, weight_of=checkpoint.weight if checkpoint else None)
+    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, language_model=language_model,
+                       weight_of=checkpoint.weight if checkpoint else None)
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine
 
@@ -388,13 +383,3 @@ def write_accounts(run_dir: Path, accounts: dict[str, Account]) -> None:
         print(f"flm: {side} weights {account.summary()}", file=sys.stderr)
     if accounts:
         (run_dir / "pretrained.json").write_text(json.dumps({side: account.as_json() for side, account in accounts.items()}, indent=2) + "\n")
-
-
-def step_keys(run: Run, *, step: int) -> list[str]:
-    """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
-    run = run.replace(data=run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash="", workers=0))  # no picture is read
-    datasets = open_mixture(run.data)
-    tokenizer = Tokenizer(datasets[0].tokenizer_file)
-    objective = build_objective(run.objective, mask_id=tokenizer.mask_id)
-    loader = Loader(run, datasets, tokenizer, objective)
-    return [f"micro-batch {number}: {' '.join(keys)}" for number, keys in enumerate(loader.keys_of_step(step), start=1)]

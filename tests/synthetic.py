@@ -13,6 +13,7 @@ from flm_scale.checkpoint.store import begin, commit, write_rank
 from flm_scale.config import (
     ArConfig,
     BatchConfig,
+    CaptioningConfig,
     FlmConfig,
     MlmConfig,
     OptimConfig,
@@ -21,6 +22,7 @@ from flm_scale.config import (
     SmallVisionConfig,
     TextConfig,
 )
+from flm_scale.config_lm import BridgeConfig, LanguageModelConfig, MergeConfig
 from flm_scale.data.pack import pack
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.parts import Piece
@@ -31,15 +33,22 @@ VOCAB_SIZE = 60
 OBJECTIVES = {"flm": FlmConfig(corruption_rate=0.4), "mlm": MlmConfig(mask_rate=0.4), "ar": ArConfig(), "prefix_lm": PrefixLmConfig()}
 
 
-def tiny_run(objective: str = "flm", **changes: Any) -> Run:
+def tiny_run(kind: str = "flm", **changes: Any) -> Run:
     """A model of some 100,000 weights."""
     run = Run(
-        name="tiny", steps=20, objective=OBJECTIVES[objective],
+        name="tiny", steps=20, objective=OBJECTIVES[kind],
         vision=SmallVisionConfig(image_size=16, patch_size=8, width=32, layers=2, heads=2, output="final"),
         text=TextConfig(width=32, heads=4, bottom_layers=1, fusion_layers=2, reconstructor_bottom_layers=1, reconstructor_fusion_layers=2,
                         vocab_size=VOCAB_SIZE, max_length=16),
         batch=BatchConfig(micro_batches=4, text_tokens=200, captions=16, images=16), optim=OptimConfig(lr=3e-3, warmup_steps=2))
     return run.replace(**changes)
+
+
+def tiny_language_run(folder: Path, **changes: Any) -> Run:
+    """A bridge of two layers into the language model in a folder: five image rows become three. Adam's large eps is that of worker.case_run."""
+    bridge = BridgeConfig(width=32, heads=4, layers=2, reducer=MergeConfig(merged=(1,), proportional=True))
+    return tiny_run(objective=CaptioningConfig(), text=LanguageModelConfig(name=str(folder), max_length=16, bridge=bridge),
+                    **{"optim": OptimConfig(lr=3e-3, warmup_steps=2, eps=1e-3), **changes})
 
 
 def objective_of(run: Run) -> Objective:

@@ -6,6 +6,7 @@ from flm_scale.cli import main
 from flm_scale.config import BatchConfig, FlmConfig, MlmConfig, Run, SmallVisionConfig, TextConfig, micro_steps
 from flm_scale.errors import ConfigError
 from flm_scale.recipes import RECIPES
+from flm_scale.section import of_kinds
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -61,3 +62,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words: str, m
     assert message in err
     assert err.startswith("flm: ")
     assert err.count("\n") == 1
+
+
+def test_options_choose_the_kind_of_a_section_and_a_value_of_that_name_is_left_alone() -> None:
+    run = RECIPES["demo"]()
+    other = of_kinds(run, ["--objective.kind", "mlm", "--vision.kind=open_clip", "--optim.kind", "sgd", "--steps", "3"])
+    assert (other.objective, other.vision.kind, other.optim) == (MlmConfig(), "open_clip", run.optim)
+    assert of_kinds(run, ["--objective.kind", "flm"]) == run
+    with pytest.raises(ConfigError, match="mim"):
+        of_kinds(run, ["--objective.kind", "mim"])

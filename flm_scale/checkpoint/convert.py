@@ -68,7 +68,7 @@ def rank_pieces(run: Run, layout: Layout, *, bounds: Sequence[int], checkpoint: 
     ranks: list[list[Piece]] = [[] for _ in range(layout.size)]
     for stage, (first, last) in enumerate(pairwise(bounds)):
         held = dict(list(layers.items())[first:last])
-        if run.text.tied:
+        if run.transformer.tied:
             tie(held)
         for data_index in range(layout.data):
             for name, parameter, start, end in replica_share(run, held, index=data_index, count=layout.data):

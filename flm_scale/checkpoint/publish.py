@@ -115,7 +115,7 @@ def write_configs(folder: Path, run: Run, dataset: Dataset, *, dtype: str) -> No
     special_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     write_json(folder / "config.json", model_config(run) | special_ids | {"dtype": dtype})
     # What flm_scale.model.generate does: no BOS, no token that the tokenizer lacks, and EOS at the longest.
-    never_said = [tokenizer.bos_id, *range(tokenizer.vocab_size, run.text.vocab_size)]
+    never_said = [tokenizer.bos_id, *range(tokenizer.vocab_size, run.transformer.vocab_size)]
     write_json(folder / "generation_config.json", special_ids | {
         "max_length": run.text.max_length, "forced_eos_token_id": tokenizer.eos_id, "suppress_tokens": never_said})
     write_json(folder / "preprocessor_config.json", {
@@ -127,7 +127,7 @@ def write_configs(folder: Path, run: Run, dataset: Dataset, *, dtype: str) -> No
 def model_config(run: Run) -> dict[str, Any]:
     """Return the values of flm_scale.export.FlmScaleConfig."""
     mean, std = colours(run.vision)
-    text = run.text
+    text = run.transformer
     return {
         "architectures": ["FlmScaleForCausalLM"], "model_type": "flm_scale", "flm_scale_version": __version__,
         "auto_map": {"AutoConfig": f"{MODULE}.FlmScaleConfig", "AutoModel": f"{MODULE}.FlmScaleForCausalLM",

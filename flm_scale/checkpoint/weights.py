@@ -17,6 +17,8 @@ from flm_scale.parallel.processes import together
 FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.also_hashes", "data.weights", "data.tokenizer_hash",
          "data.captions_per_image", "batch.text_tokens", "batch.captions", "batch.images", "optim.kind")
 """What a resumed run must have alike: the model, the order of its data, the kind of its moments. Layout, rates and lengths may change."""
+MOVABLE = ("text.name", "text.revision", "text.gguf_file", "text.attention")
+"""Where a frozen language model lies and how it attends; text.weights_hash says which one it is."""
 
 
 class Weights(Protocol):
@@ -83,9 +85,12 @@ def read_run(run_dir: Path) -> Run:
 def load_weights(layers: nn.Module, checkpoint: Weights, *, elsewhere: Collection[str] = ()) -> None:
     """Fill the layers from a checkpoint. elsewhere: the model's other layers, which other processes hold.
 
+    A frozen language model's weights (`is_elsewhere`) are in no checkpoint and stay as they are.
+
     Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape.
     """
-    wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()}
+    wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()
+              if not hasattr(parameter, "is_elsewhere")}
     shapes = {name: shape for name, shape in checkpoint.names().items() if name in wanted or name.split(".", 1)[0] not in elsewhere}
     wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
              for name in sorted(wanted.keys() | shapes.keys())
@@ -148,7 +153,7 @@ def steps_in(run_dir: Path) -> str:
 def check_resumable(run: Run, checkpoint: Checkpoint) -> None:
     """Raise ConfigError that lists what a resumed run has otherwise than the saved one and must have alike."""
     differences = [f"{path} {then!r} there and {now!r} here" for path, (then, now) in changes(run, checkpoint).items()
-                   if any(f"{path}.".startswith(f"{fixed}.") for fixed in FIXED)]
+                   if any(f"{path}.".startswith(f"{fixed}.") for fixed in FIXED) and path not in MOVABLE]
     if differences:
         raise ConfigError(f"{checkpoint.folder}: was saved with {', '.join(differences)}; resume with what it had, or train anew in another "
                           "--run-dir")

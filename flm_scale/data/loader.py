@@ -30,7 +30,7 @@ from flm_scale.data.order import Costs, MicroBatch, Shuffle, keyed_rng, plan_in_
 from flm_scale.data.pack import pack, without_targets
 from flm_scale.data.sidecars import TokenIds
 from flm_scale.data.storage import StorageError, Url
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer, LmTokenizer, Tokenizer
 from flm_scale.errors import DataError
 from flm_scale.objectives.objective import Objective
 
@@ -112,7 +112,7 @@ class Mixture(Dataset[Batch]):
 class Loader:
     """Endless training micro-batches of one rank, a step at a time."""
 
-    def __init__(self, run: Run, datasets: Sequence[shards.Dataset], tokenizer: Tokenizer, objective: Objective, *, rank: int = 0, size: int = 1,
+    def __init__(self, run: Run, datasets: Sequence[shards.Dataset], tokenizer: AnyTokenizer, objective: Objective, *, rank: int = 0, size: int = 1,
                  state: dict[str, Any] | None = None) -> None:
         """datasets: those of `open_mixture`.   rank, size: this process among the data-parallel ones.   state: to go on where an earlier run stopped.
 
@@ -167,19 +167,20 @@ class Loader:
         return mixed_orders(self._shuffles, self._shares, first, stride=stride)
 
 
-def open_mixture(config: DataConfig) -> list[shards.Dataset]:
+def open_mixture(config: DataConfig, language_tokens: LmTokenizer | None = None) -> list[shards.Dataset]:
     """Open the datasets that a run trains on, the first one first.
 
+    language_tokens: of a frozen language model, which then cuts the captions and not the datasets' own tokenizer.
     Raises DataError when one is not as expected, has another tokenizer, or no token ids.
     """
-    first = shards.open_dataset(config.path, manifest_hash=config.manifest_hash, tokenizer_hash=config.tokenizer_hash)
+    first = shards.open_dataset(config.path, manifest_hash=config.manifest_hash, tokenizer_hash="" if language_tokens else config.tokenizer_hash)
     others = [shards.open_dataset(path, manifest_hash=manifest_hash)
               for path, manifest_hash in zip(config.also, config.also_hashes or [""] * len(config.also), strict=True)]
     for other in others:
-        if other.tokenizer_fingerprint != first.tokenizer_fingerprint:
+        if not language_tokens and other.tokenizer_fingerprint != first.tokenizer_fingerprint:
             raise DataError(f"dataset {other.folder} has the tokenizer {other.tokenizer_fingerprint[:12] or '(none)'}; {first.folder} has "
                             f"{first.tokenizer_fingerprint[:12] or '(none)'}; a run has one: build both with the same, or leave data.also out")
-    datasets, tokenizer = [first, *others], Tokenizer(first.tokenizer_file)
+    datasets, tokenizer = [first, *others], language_tokens or Tokenizer(first.tokenizer_file)
     for dataset in datasets:
         TokenIds(dataset, "train", tokenizer)  # before a run makes its directory
     return datasets
@@ -213,7 +214,7 @@ def place_in_mixture(number: int, shares: Sequence[Fraction]) -> tuple[int, int]
     raise AssertionError("the last share is 1")
 
 
-def one_pass(run: Run, dataset: shards.Dataset, split: str, tokenizer: Tokenizer, objective: Objective, *, rank: int = 0,
+def one_pass(run: Run, dataset: shards.Dataset, split: str, tokenizer: AnyTokenizer, objective: Objective, *, rank: int = 0,
              size: int = 1) -> Iterator[Batch]:
     """Yield every caption of a split once, in order, with corruption that never changes; all ranks get equally many batches."""
     token_ids = TokenIds(dataset, split, tokenizer, max_length=run.text.max_length)
@@ -245,7 +246,7 @@ class LookedUp:
 def costs_of(lengths: np.ndarray, starts: np.ndarray | None, objective: Objective, *, longest: int) -> Costs:
     """Return what each caption takes in a batch. lengths, starts: of `TokenIds`.   longest: captions are cut to so many tokens."""
     views = np.array([objective.num_views(length) for length in range(longest + 1)], np.int64)
-    return Costs(LookedUp(np.arange(longest + 1) * views, lengths), LookedUp(views, lengths), starts)
+    return Costs(LookedUp((np.arange(longest + 1) + objective.num_added) * views, lengths), LookedUp(views, lengths), starts)
 
 
 def torch_loader(dataset: MicroBatches | Mixture, orders: Iterable[Order], *, workers: int, replicas: int = 1) -> Iterable[Batch]:

@@ -39,6 +39,9 @@ def pack(images: Sequence[Sequence[Example]], pixels: np.ndarray) -> State:
     slots, places = padded_view(starts)
     image_slots, image_places = padded_view(image_starts)
     query_slots, query_places = padded_view(query_starts)
+    unmerged = torch.empty(len(images), 0, dtype=torch.int64)
+
+    unmerged = torch.empty(len(images), 0, dtype=torch.int64)
 
     def join(name: str) -> np.ndarray:
         return np.concatenate([getattr(example, name) for example in examples], axis=-1)
@@ -53,7 +56,8 @@ def pack(images: Sequence[Sequence[Example]], pixels: np.ndarray) -> State:
         target_rows=_ints(np.concatenate([packed_rows(example, c, example.target_rows) for c, example in enumerate(examples)])),
         target_ids=_ints(join("target_ids")), target_parts=_ints(join("target_parts")),
         pooled_rows=_ints(np.concatenate([packed_rows(example, c, np.array([example.pooled_row]))
-                                          for c, example in enumerate(examples) if example.pooled_row >= 0] or [np.empty(0)])))
+                                          for c, example in enumerate(examples) if example.pooled_row >= 0] or [np.empty(0)])),
+        sizes=unmerged, merge_slots=unmerged)
 
 
 def padded_view(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -292,10 +292,13 @@ class Dataset:
         return Index(self.folder, self.shards(*splits))
 
     def drop_tokenizer(self) -> None:
-        """Register none, before tokenizer.model is replaced: a kill between the two files must leave a dataset that opens."""
+        """Register none, before tokenizer.model is replaced: a kill between the two files must leave a dataset that opens.
+
+        Its token ids go, those by language models' tokenizers stay.
+        """
+        if self.tokenizer_fingerprint:
+            shutil.rmtree(self.writable_folder / TOKENS / self.tokenizer_fingerprint[:8], ignore_errors=True)
         self.manifest = self.manifest.model_copy(update={"tokenizer": None}).write(self.writable_folder)
-        if (self.writable_folder / TOKENS).exists():
-            shutil.rmtree(self.writable_folder / TOKENS)
 
     def set_tokenizer(self, fingerprint: str, vocab_size: int) -> None:
         """Register the file tokenizer.model, whose token ids are there; the dataset gets a new root."""

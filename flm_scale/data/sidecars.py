@@ -1,4 +1,5 @@
-"""Token ids beside the shards: written when a dataset gets its tokenizer, mapped into memory by the loader, so that nothing is encoded at a start.
+"""Token ids beside the shards: written when a dataset gets its tokenizer, or for a language model that is to read its captions; mapped into memory by
+the loader, so that nothing is encoded at a start. Each tokenizer has a folder of its own.
 
     tokens/<first 8 of the fingerprint>/train/00000.arrow   a row a picture: the ids of its captions with content, BOS to EOS, never cut
     tokens/<first 8 of the fingerprint>/train.lengths.u16   [captions] how long each is, of all shards; what the order plans with
@@ -25,7 +26,7 @@ from flm_scale.data.manifest import Shard, Shards, replaced
 from flm_scale.data.order import BLOCK
 from flm_scale.data.shards import TOKENS, Dataset
 from flm_scale.data.storage import Url, local_copy, read_bytes
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer, Tokenizer
 from flm_scale.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def folder_of(folder: Path | Url, fingerprint: str) -> Path | Url:
 class TokenIds:
     """The token ids of a split's captions with content, an item a picture; mapped shard by shard as they are asked for."""
 
-    def __init__(self, dataset: Dataset, split: str, tokenizer: Tokenizer, max_length: int = LONGEST) -> None:
+    def __init__(self, dataset: Dataset, split: str, tokenizer: AnyTokenizer, max_length: int = LONGEST) -> None:
         """max_length: longer captions are cut and keep their EOS.
 
         Raises DataError when there are no ids, or they are not of this dataset and tokenizer as this process cuts.
@@ -116,12 +117,12 @@ class TokenIds:
         self._ids = ShardCache(self.shards.counts, self.read_shard)
         joined = _read_joined(dataset, split, tokenizer)
         folder = folder_of(dataset.folder, tokenizer.fingerprint)
-        self.lengths = _map_numbers(dataset, folder / f"{split}.lengths.u16", np.uint16, joined.captions)
+        self.lengths = _map_numbers(dataset, tokenizer, folder / f"{split}.lengths.u16", np.uint16, joined.captions)
         """[captions] of the whole split, uncut, mapped."""
-        self.starts = None if joined.is_one_each else _map_numbers(dataset, folder / f"{split}.starts.i64", np.int64, joined.images + 1)
+        self.starts = None if joined.is_one_each else _map_numbers(dataset, tokenizer, folder / f"{split}.starts.i64", np.int64, joined.images + 1)
         """[images + 1] where each picture's captions begin among them, mapped; None for one caption a picture."""
         if not _can_be_planned(self.lengths, self.starts):
-            raise _unusable(dataset.folder, f"the lengths of '{split}' are not those of captions")
+            raise _unusable(dataset.folder, tokenizer, f"the lengths of '{split}' are not those of captions")
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -139,7 +140,7 @@ class TokenIds:
         if isinstance(self.dataset.folder, Url):
             self._ids.fetch(images)
 
-    def __reduce__(self) -> tuple[type["TokenIds"], tuple[Dataset, str, Tokenizer, int]]:
+    def __reduce__(self) -> tuple[type["TokenIds"], tuple[Dataset, str, AnyTokenizer, int]]:
         """Leave the maps behind."""
         return TokenIds, (self.dataset, self.split, self.tokenizer, self.max_length)
 
@@ -152,10 +153,10 @@ class TokenIds:
         planned = self.lengths[starts[0]:starts[-1]]
         if np.array_equal(starts - starts[0], found.starts) and np.array_equal(planned, found.lengths):
             return found
-        raise _unusable(self.dataset.folder, f"token ids of {shard.name} are of other lengths than {self.split}.lengths.u16 states")
+        raise _unusable(self.dataset.folder, self.tokenizer, f"token ids of {shard.name} are of other lengths than {self.split}.lengths.u16 states")
 
 
-def write_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer, *, threads: int = 1, attempt: int = 0) -> None:
+def write_sidecar(folder: Path, shard: Shard, tokenizer: AnyTokenizer, *, threads: int = 1, attempt: int = 0) -> None:
     """Encode the captions of a shard; the same bytes whoever does it. Captions without content are left out.
 
     folder: of the dataset.   threads: that encode.   attempt: as of `write_shard`.
@@ -169,7 +170,7 @@ def write_sidecar(folder: Path, shard: Shard, tokenizer: Tokenizer, *, threads: 
     write_ids(folder, shard, tokenizer, Ids(ids, bounds, starts), attempt=attempt)
 
 
-def write_ids(folder: Path, shard: Shard, tokenizer: Tokenizer, ids: Ids, *, attempt: int = 0) -> None:
+def write_ids(folder: Path, shard: Shard, tokenizer: AnyTokenizer, ids: Ids, *, attempt: int = 0) -> None:
     """Write ids as the sidecar of a shard, whose captions they must be."""
     import pyarrow as pa
 
@@ -178,7 +179,7 @@ def write_ids(folder: Path, shard: Shard, tokenizer: Tokenizer, ids: Ids, *, att
         write_arrow(part, pa.RecordBatch.from_arrays([ids.column], schema=pa.schema([("ids", ids.column.type)], metadata=metadata)))
 
 
-def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: Tokenizer) -> Ids:
+def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: AnyTokenizer) -> Ids:
     """Map the token ids of a shard. Raises DataError when they are of another tokenizer or index, missing or damaged."""
     import pyarrow as pa
 
@@ -186,7 +187,7 @@ def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: Tokenizer) -> Ids:
     try:
         batch = map_arrow(local_copy(file))
         stated = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
-        _check_binding(folder, file, stated, _binding(shard, tokenizer))
+        _check_binding(folder, tokenizer, file, stated, _binding(shard, tokenizer))
         if batch.num_rows == shard.count and batch.schema.types in [[pa.list_(pa.list_(kind))] for kind in (pa.uint16(), pa.uint32())]:
             batch.validate(full=True)
             found = Ids.of(batch.column(0))
@@ -195,7 +196,7 @@ def read_sidecar(folder: Path | Url, shard: Shard, tokenizer: Tokenizer) -> Ids:
         problem = "they are not what they state"
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         problem = str(error).partition("\n")[0]
-    raise _unusable(folder, f"token ids {file.relative_to(folder)} cannot be read ({problem})")
+    raise _unusable(folder, tokenizer, f"token ids {file.relative_to(folder)} cannot be read ({problem})")
 
 
 def give_tokenizer(dataset: Dataset) -> Tokenizer:
@@ -206,15 +207,15 @@ def give_tokenizer(dataset: Dataset) -> Tokenizer:
     return tokenizer
 
 
-def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.cpu_count() or 1) -> None:
-    """Write the token ids of all shards, but for those that are there, and the lengths of each split. May be killed and run again.
+def write_sidecars(dataset: Dataset, tokenizer: AnyTokenizer, *, workers: int = os.cpu_count() or 1) -> dict[str, int]:
+    """Write the token ids of all shards, but for those that are there, and the lengths of each split; return the captions of each split.
 
-    workers: threads that encode.
+    May be killed and run again.   workers: threads that encode.
     """
     from rich.console import Console
     from rich.progress import track
 
-    console, folder = Console(stderr=True), dataset.writable_folder
+    console, folder, captions = Console(stderr=True), dataset.writable_folder, dict[str, int]()
     for split in dataset.splits:
         shards = dataset.shards(split)
 
@@ -227,11 +228,12 @@ def write_sidecars(dataset: Dataset, tokenizer: Tokenizer, *, workers: int = os.
                     write_sidecar(folder, shard, tokenizer, threads=workers)
                     yield read_sidecar(folder, shard, tokenizer)
 
-        _join(dataset, split, tokenizer, ids_of_all())
+        captions[split] = _join(dataset, split, tokenizer, ids_of_all())
+    return captions
 
 
-def _join(dataset: Dataset, split: str, tokenizer: Tokenizer, ids_of_all: Iterable[Ids]) -> None:
-    """Write the lengths of a split and where its pictures' captions begin, the statement of what they are last."""
+def _join(dataset: Dataset, split: str, tokenizer: AnyTokenizer, ids_of_all: Iterable[Ids]) -> int:
+    """Write the lengths of a split and where its pictures' captions begin, the statement of what they are last; return the number of captions."""
     folder = folder_of(dataset.writable_folder, tokenizer.fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}.json").unlink(missing_ok=True)
@@ -251,27 +253,30 @@ def _join(dataset: Dataset, split: str, tokenizer: Tokenizer, ids_of_all: Iterab
                     is_one_each=is_one_each)
     with replaced(folder / f"{split}.json") as part:
         part.write_text(joined.model_dump_json(indent=1) + "\n")
+    return captions
 
 
-def _read_joined(dataset: Dataset, split: str, tokenizer: Tokenizer) -> Joined:
+def _read_joined(dataset: Dataset, split: str, tokenizer: AnyTokenizer) -> Joined:
     file = folder_of(dataset.folder, tokenizer.fingerprint) / f"{split}.json"
     try:
         joined = Joined.model_validate_json(read_bytes(file))
     except FileNotFoundError as error:
-        raise DataError(f"dataset {dataset.folder} has no token ids of '{split}' by the tokenizer {tokenizer.fingerprint[:12]}; write them: "
-                        f"flm tokenizer encode {dataset.folder}") from error
+        others = [] if isinstance(dataset.folder, Url) else sorted(other.parent.name for other in (dataset.folder / TOKENS).glob(f"*/{split}.json"))
+        raise DataError(f"dataset {dataset.folder} has no token ids of '{split}' by the tokenizer {tokenizer.fingerprint[:12]} (there is: "
+                        f"{', '.join(others) or 'none'}); write them: flm tokenizer encode {dataset.folder}{tokenizer.option}") from error
     except (OSError, ValidationError) as error:
-        raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} is damaged") from error
+        raise _unusable(dataset.folder, tokenizer, f"{file.relative_to(dataset.folder)} is damaged") from error
     expected = {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "shards": dataset.manifest.shards_sha256}
-    _check_binding(dataset.folder, file, joined.model_dump(), expected)
+    _check_binding(dataset.folder, tokenizer, file, joined.model_dump(), expected)
     images = dataset.manifest.splits[split].images
     if joined.images != images or (joined.is_one_each and joined.captions != images):
-        raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} has {joined.images} images and {joined.captions} captions; "
-                                        f"the split has {images} images")
+        raise _unusable(dataset.folder, tokenizer, f"{file.relative_to(dataset.folder)} has {joined.images} images and {joined.captions} captions; "
+                                                   f"the split has {images} images")
     return joined
 
 
-def _map_numbers(dataset: Dataset, file: Path | Url, kind: type[np.unsignedinteger | np.signedinteger], count: int) -> np.ndarray:
+def _map_numbers(dataset: Dataset, tokenizer: AnyTokenizer, file: Path | Url, kind: type[np.unsignedinteger | np.signedinteger],
+                 count: int) -> np.ndarray:
     """Map a file of nothing but numbers."""
     try:
         copy = local_copy(file)
@@ -281,7 +286,7 @@ def _map_numbers(dataset: Dataset, file: Path | Url, kind: type[np.unsignedinteg
         problem = f"{size} bytes; {expected} are stated"
     except OSError as error:
         problem = str(error)
-    raise _unusable(dataset.folder, f"{file.relative_to(dataset.folder)} cannot be read ({problem})")
+    raise _unusable(dataset.folder, tokenizer, f"{file.relative_to(dataset.folder)} cannot be read ({problem})")
 
 
 def _can_be_planned(lengths: np.ndarray, starts: np.ndarray | None) -> bool:
@@ -294,17 +299,17 @@ def _can_be_planned(lengths: np.ndarray, starts: np.ndarray | None) -> bool:
     return bool(rises and starts[0] == 0 and starts[-1] == len(lengths))
 
 
-def _binding(shard: Shard, tokenizer: Tokenizer) -> dict[str, str]:
+def _binding(shard: Shard, tokenizer: AnyTokenizer) -> dict[str, str]:
     """Return what the token ids of a shard follow from."""
     return {"tokenizer": tokenizer.fingerprint, "canary": tokenizer.canary, "index": shard.index_sha256}
 
 
-def _check_binding(folder: Path | Url, file: Path | Url, stated: Mapping[str, object], expected: Mapping[str, str]) -> None:
+def _check_binding(folder: Path | Url, tokenizer: AnyTokenizer, file: Path | Url, stated: Mapping[str, object], expected: Mapping[str, str]) -> None:
     for name, value in expected.items():
         if stated.get(name) != value:
-            raise _unusable(folder, f"token ids {file.relative_to(folder)} are of the {MEANING[name]} {str(stated.get(name))[:12]}; "
-                                    f"the dataset and this process have {value[:12]}")
+            raise _unusable(folder, tokenizer, f"token ids {file.relative_to(folder)} are of the {MEANING[name]} {str(stated.get(name))[:12]}; "
+                                               f"the dataset and this process have {value[:12]}")
 
 
-def _unusable(folder: Path | Url, what: str) -> DataError:
-    return DataError(f"dataset {folder}: {what}; write them again: flm tokenizer encode {folder}")
+def _unusable(folder: Path | Url, tokenizer: AnyTokenizer, what: str) -> DataError:
+    return DataError(f"dataset {folder}: {what}; write them again: flm tokenizer encode {folder}{tokenizer.option}")

@@ -70,7 +70,10 @@ class Engine(Protocol):
         ...
 
     def saved_pieces(self) -> list[Piece]:
-        """Return what this process saves: frozen weights too, and of what several processes hold alike each piece on one of them."""
+        """Return what this process saves: frozen weights too, and of what several processes hold alike each piece on one of them.
+
+        Weights that lie elsewhere (`is_elsewhere`: a frozen language model's) are not saved.
+        """
         ...
 
     def resume(self, fill: Callable[[list[Piece]], None], *, updates: int) -> None:

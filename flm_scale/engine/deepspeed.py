@@ -37,7 +37,7 @@ from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
 from flm_scale.engine.pieces import drifted, moments_of, pieces_of, set_steps_taken, tell_drift, whole_share
 from flm_scale.engine.zero import ModelParallelUnit, multiply_betas, publish_masters, sum_norms_once, zero_share
 from flm_scale.errors import ConfigError
-from flm_scale.model.assemble import TIED_WITH, assemble, pretrained_names, run_layers, tie
+from flm_scale.model.assemble import TIED_WITH, assemble, is_tied, pretrained_names, run_layers, tie
 from flm_scale.model.parts import Parts, Piece, PlainParts, shard_of
 from flm_scale.parallel.mesh import Layout, find_layout, find_ranks
 from flm_scale.parallel.processes import meet
@@ -113,7 +113,7 @@ class _Processes:
                 continue
             if parameter.requires_grad and (first_replica or self.run.parallel.zero):
                 saved += self._pieces_of(name, parameter)
-            elif not parameter.requires_grad:
+            elif not parameter.requires_grad and not hasattr(parameter, "is_elsewhere"):
                 with deepspeed.zero.GatheredParameters([parameter]):  # collective where ZeRO 3 has cut it
                     whole = parameter.detach().float().clone()
                 saved += pieces_of(name, parameter, whole_share(whole), {}) if first_replica else ()
@@ -355,7 +355,7 @@ class _Stage(PipelineModule):  # type: ignore[misc]
         self.layers = nn.ModuleDict(dict(zip(self.names[first:last], self.forward_funcs, strict=True)))
         self.pretrained = pretrained_names(run, dict(self.layers.items()))
         self.ties: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
-        if run.text.tied:
+        if is_tied(run):
             self._tie(layout)
 
     def forward(self, packed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

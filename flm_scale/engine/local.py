@@ -85,7 +85,7 @@ class LocalEngine:
 
     def saved_pieces(self) -> list[Piece]:
         """Return all pieces and the frozen weights."""
-        frozen = [piece for name, parameter in self.layers.named_parameters() if not parameter.requires_grad
+        frozen = [piece for name, parameter in self.layers.named_parameters() if not (parameter.requires_grad or hasattr(parameter, "is_elsewhere"))
                   for piece in pieces_of(name, parameter, whole_share(parameter.float()), {})]
         return self.pieces() + frozen
 

@@ -14,7 +14,7 @@ import torch
 from flm_scale.config import Run
 from flm_scale.data.images import decode_image
 from flm_scale.data.index import Index
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer
 from flm_scale.errors import DataError
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.model.generate import generate
@@ -33,7 +33,7 @@ class Caption(NamedTuple):
     """Mean log-probability of a token, in nats."""
 
 
-def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective, split: str,
+def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: AnyTokenizer, objective: Objective, split: str,
                      processes: Processes) -> dict[str, Any]:
     """Return the content of evals/caption.json, over the pictures that have a caption. Raises DataError when there is none."""
     from rich.progress import track
@@ -53,7 +53,7 @@ def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, toke
     return {"task": "caption", "split": split, "num_images": len(images), **scores}
 
 
-def write_captions(run: Run, model: VisionLanguageModel, pixels: np.ndarray, *, tokenizer: Tokenizer, objective: Objective,
+def write_captions(run: Run, model: VisionLanguageModel, pixels: np.ndarray, *, tokenizer: AnyTokenizer, objective: Objective,
                    beams: int) -> list[Caption]:
     """Return a caption for each picture. pixels: uint8 [N, 3, height, width]."""
     device = next(model.parameters()).device

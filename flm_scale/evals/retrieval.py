@@ -14,7 +14,7 @@ import torch
 from flm_scale.config import Run
 from flm_scale.data.index import Index
 from flm_scale.data.pack import pack
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer
 from flm_scale.errors import DataError
 from flm_scale.evals.caption import read_pixels
 from flm_scale.model.assemble import VisionLanguageModel
@@ -27,7 +27,7 @@ TOKENS_PER_BATCH = 4096
 RANKS = (1, 5, 10)
 
 
-def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: Tokenizer, objective: Objective, split: str,
+def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, tokenizer: AnyTokenizer, objective: Objective, split: str,
                        processes: Processes) -> dict[str, Any]:
     """Return the content of evals/retrieval.json; recalls are shares in [0, 1]. Raises DataError when no picture has a caption."""
     images = [image for image, captions in enumerate(index.captions) if captions][:MOST_IMAGES]
@@ -42,7 +42,7 @@ def evaluate_retrieval(run: Run, model: VisionLanguageModel, *, index: Index, to
 
 
 @torch.no_grad()
-def score_pairs(run: Run, model: VisionLanguageModel, images: list[int], texts: list[str], *, index: Index, tokenizer: Tokenizer,
+def score_pairs(run: Run, model: VisionLanguageModel, images: list[int], texts: list[str], *, index: Index, tokenizer: AnyTokenizer,
                 objective: Objective, processes: Processes) -> np.ndarray:
     """Return the log-likelihood [pictures, texts] of every text given every picture, in nats."""
     from rich.progress import track

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flm_scale.checkpoint.weights import Weights, load_weights, open_weights, read_run
-from flm_scale.config import ParallelConfig, Run
+from flm_scale.config import ParallelConfig, Run, TextConfig
 from flm_scale.data.shards import Dataset, open_dataset
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer, Tokenizer
+from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import VisionLanguageModel, assemble, layer_builders
-from flm_scale.objectives.objective import Objective, build_objective
+from flm_scale.objectives.objective import Objective
 from flm_scale.observe.cost import shape_of
 from flm_scale.observe.layer_cost import stage_bounds
+from flm_scale.opening import objective_of, open_tokenizer
 from flm_scale.parallel.mesh import find_layout, find_ranks
 from flm_scale.parallel.processes import Processes, meet, start_processes, together
 
@@ -24,7 +26,7 @@ class TrainedRun(NamedTuple):
     """As it was trained, but for `parallel`, which says how its model is cut now."""
     weights: Weights
     dataset: Dataset
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     objective: Objective
 
     def model(self, processes: Processes) -> VisionLanguageModel:
@@ -49,9 +51,10 @@ def open_run(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> TrainedRun:
     stage_bounds(run, shape_of(run.vision))  # more stages than layers are refused here, before the processes meet
     meet()
     weights = together(lambda: open_weights(run_dir))
-    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
-    tokenizer = Tokenizer(dataset.tokenizer_file)
-    return TrainedRun(run, weights, dataset, tokenizer, build_objective(run.objective, mask_id=tokenizer.mask_id))
+    own_tokens = isinstance(run.text, TextConfig)
+    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash if own_tokens else "")
+    tokenizer = open_tokenizer(run, dataset)
+    return TrainedRun(run, weights, dataset, tokenizer, objective_of(run, tokenizer))
 
 
 def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], split: str, tensor: int = 1, pipe: int = 1) -> None:
@@ -69,6 +72,9 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
         case "vqa":
             from flm_scale.evals.vqa import evaluate_vqa
 
+            if not isinstance(tokenizer, Tokenizer):
+                raise ConfigError("--task vqa trains a head on a text transformer, and this run is around a frozen language model; use caption or "
+                                  "retrieval")
             result = evaluate_vqa(run, weights, dataset=dataset, tokenizer=tokenizer, objective=objective, split=split)
             rows = {row["start"]: row for row in result["rows"]} | {"floor": result["floor"]}
             columns = ["overall", "yes_no", "other"]

@@ -13,7 +13,7 @@ from flm_scale.config import Run
 from flm_scale.data.index import Index
 from flm_scale.data.order import keyed_rng
 from flm_scale.data.pack import pack
-from flm_scale.data.tokens import Tokenizer
+from flm_scale.data.tokens import AnyTokenizer
 from flm_scale.evals.caption import BEAMS, read_pixels, write_captions
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.objectives.objective import Objective
@@ -24,7 +24,7 @@ LEAST_SIDE = 192
 """Pixels; smaller pictures are enlarged without smoothing, so that their own pixels show."""
 
 
-def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index: Index, tokenizer: Tokenizer, objective: Objective,
+def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index: Index, tokenizer: AnyTokenizer, objective: Objective,
                   processes: Processes) -> list[dict[str, Any]]:
     """Write the pictures as RUN/samples/NNN.png, evenly spread over the split, and return the content of samples.json."""
     captioned = [image for image, captions in enumerate(index.captions) if captions]
@@ -38,7 +38,7 @@ def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index:
     return [{"image": f"samples/{number:03d}.png"} | sample for number, sample in enumerate(said)]
 
 
-def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, index: Index, tokenizer: Tokenizer,
+def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, index: Index, tokenizer: AnyTokenizer,
              objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield what is known and said of each picture."""
     pixels = read_pixels(index, images, size=run.vision.image_size)
@@ -50,25 +50,26 @@ def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, ind
 
 
 @torch.no_grad()
-def fill_in(run: Run, model: VisionLanguageModel, pixels: np.ndarray, caption: str, *, key: str, tokenizer: Tokenizer,
+def fill_in(run: Run, model: VisionLanguageModel, pixels: np.ndarray, caption: str, *, key: str, tokenizer: AnyTokenizer,
             objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield each target of the objective's first part: its piece, what was hidden with it, and what the model says instead.
 
     pixels: uint8 [3, height, width].
     """
     ids = np.array(tokenizer.encode(caption, max_length=run.text.max_length), np.int32)
+    shown = objective.whole(ids).ids
     for view in objective.corrupt(ids, keyed_rng("corrupt", run.seed, 0, key, 0)):
         state = pack([[view]], pixels[None]).to(next(model.parameters()).device)
         probabilities, predicted = model.logits(state)[:, :tokenizer.vocab_size].softmax(-1).max(-1)
         for target in np.flatnonzero(view.target_parts == 0):
-            hidden = ids[hidden_from(view, ids, row=int(view.target_rows[target]))]
+            hidden = shown[hidden_from(view, shown, row=int(view.target_rows[target]))]
             piece, guess = tokenizer.pieces([int(view.target_ids[target]), int(predicted[target])])
             yield {"piece": piece, "hidden": tokenizer.pieces(hidden), "predicted": guess, "probability": float(probabilities[target]),
                    "correct": int(predicted[target]) == int(view.target_ids[target])}
 
 
 def hidden_from(view: Example, ids: np.ndarray, *, row: int) -> np.ndarray:
-    """Return the content positions that a source row of the view does not get to see. ids: of the caption, before hiding."""
+    """Return the content positions that a source row of the view does not get to see. ids: of the caption and its prompt, before hiding."""
     content: np.ndarray = np.arange(1, len(ids) - 1)
     stream, position = divmod(row, view.length)
     if stream >= len(view.first):

@@ -52,6 +52,7 @@ class VqaTask:
     parts = ("yes_no", "other")
     terms = (Term(1.0, ("yes_no", "other")),)
     generates = False
+    num_added = 0
 
     def __init__(self, objective: Objective, answers: Sequence[str]) -> None:
         """objective: of the pretrained run.   answers: those known from training; class len(answers) is any other."""
@@ -159,7 +160,7 @@ def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Seque
     steps = sum(map(len, plans))
     run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
     if start == "random":  # the text side as if it had read nothing; the tower as pretraining had it
-        run = run.replace(text=run.text.replace(pretrained=""))
+        run = run.replace(text=run.transformer.replace(pretrained=""))
     engine = answering_engine(run, task, answer_ids=answer_ids, checkpoint=checkpoint if start == "pretrained" else None)
     writes, rank, size = engine.rank == 0, engine.data_index, engine.layout.data
     step, seconds, row = 0, 0.0, dict[str, float]()
@@ -187,7 +188,7 @@ def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[i
     rows = answer_rows(run, answer_ids, checkpoint=checkpoint)
     builders = partial(answering_builders, run, task, rows=rows, checkpoint=checkpoint)
     # The decoder is no longer the embedding table.
-    run = run.replace(batch=BATCH.replace(micro_batches=layout.data), text=run.text.replace(tied=False))
+    run = run.replace(batch=BATCH.replace(micro_batches=layout.data), text=run.transformer.replace(tied=False))
     if layout.size == 1:
         return LocalEngine(run, assemble(run, builders(PlainParts())), task)
     from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine
@@ -202,13 +203,13 @@ def answer_rows(run: Run, answer_ids: Sequence[Sequence[int]], *, checkpoint: We
     is not lost.   checkpoint: of the run; None starts from random.
     """
     name = "head.decoder.weight"
-    name = TIED_WITH[name] if run.text.tied else name
+    name = TIED_WITH[name] if run.transformer.tied else name
     if checkpoint is None:
-        vocabulary = torch.empty(run.text.vocab_size, run.text.width)
+        vocabulary = torch.empty(run.transformer.vocab_size, run.transformer.width)
         initialize(vocabulary, name=name, seed=run.seed)
     else:
         vocabulary = checkpoint.weight(name)[:]
-    return torch.stack([*(vocabulary[torch.tensor(ids)].mean(0) for ids in answer_ids), torch.zeros(run.text.width)])
+    return torch.stack([*(vocabulary[torch.tensor(ids)].mean(0) for ids in answer_ids), torch.zeros(run.transformer.width)])
 
 
 def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor,
@@ -218,7 +219,7 @@ def answering_builders(run: Run, task: VqaTask, parts: Parts, *, rows: Tensor,
 
     def answering_head() -> nn.Module:
         head = cast("Head", builders["head"]())
-        head.decoder = decoder = cast("Decoder", parts.decoder(run.text.width, len(rows)))
+        head.decoder = decoder = cast("Decoder", parts.decoder(run.transformer.width, len(rows)))
         fill(decoder.weight, rows)
         fill(decoder.bias, torch.zeros(len(rows)))
         return head

@@ -17,8 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.errors import CheckpointError
+from flm_scale.model.bridge import bridge_layers, tokens_along
+from flm_scale.model.frozen_lm import FrozenLm, content_hash, language_shape, open_frozen
 from flm_scale.model.parts import Parts, PlainParts, fill, shard_of, whole_shape
-from flm_scale.model.pretrained import Account, PretrainedText
+from flm_scale.model.pretrained import Account, PretrainedEncoder
 from flm_scale.model.text import FusionEntry, Head, TextEntry, TextLayer
 from flm_scale.model.vision import build_vision, named_sizes, vision_account
 from flm_scale.objectives.objective import Objective
@@ -28,7 +32,7 @@ TABLES = re.compile(r"^text_entry\.|\.kinds?\.weight$|_embedding$")
 TIED_WITH = {"head.decoder.weight": "text_entry.tokens.weight"}
 FRESH_VISION = re.compile(r"^vision_exit\.(fresh_norm|projection|kind)\.")
 # The head is filled too, but reads what no file has trained: the rows behind fusion. So it learns at the full rate.
-PRETRAINED_TEXT = re.compile(r"^text_entry\.|^bottom_\d+\.streams\.")
+PRETRAINED_TEXT = re.compile(r"^text_entry\.|^bottom_\d+\.streams\.|^bridge_entry\.(positional_embedding|kind_embedding|norm\.)|^bridge_\d+_")
 
 Turn = Callable[[Tensor], Tensor]
 """What one stage makes of the rows [rows, D] that come in; the last one may end with logits or scores."""
@@ -67,7 +71,10 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, state: State) -> Float[Tensor, "R V"]:
         """Return all logits at the state's targets."""
-        return self._run(state, lambda end: self.head.logits(end.rows.index_select(0, end.target_rows)))
+        def finish(end: State) -> Tensor:
+            return self.head.logits(end) if isinstance(self.head, FrozenLm) else self.head.logits(end.rows.index_select(0, end.target_rows))
+
+        return self._run(state, finish)
 
     def _run(self, state: State, finish: Callable[[State], Tensor]) -> Tensor:
         """Return what `finish`, which runs where the head is, makes of the state behind the trunk. Layers change a state's rows alone."""
@@ -79,9 +86,9 @@ class VisionLanguageModel(nn.Module):
         return self.relay(state.rows, turn)
 
     @property
-    def head(self) -> Head:
+    def head(self) -> Head | FrozenLm:
         """The last layer."""
-        return cast("Head", self.layers["head"])
+        return cast("Head | FrozenLm", self.layers["head"])
 
 
 def run_layers(layers: Iterable[nn.Module], state: State, *, recompute: bool) -> State:
@@ -101,31 +108,38 @@ def build_model(run: Run, objective: Objective) -> VisionLanguageModel:
 def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay: Relay = alone) -> VisionLanguageModel:
     """Return the model of the layers that these build: the whole list, or a stage of it and the relay to the others."""
     layers = {name: build() for name, build in builders.items()}
-    if run.text.tied:
+    if is_tied(run):
         tie(layers)
     return VisionLanguageModel(layers, recompute=run.recompute, pretrained=pretrained_names(run, layers), relay=relay)
 
 
-def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True, pretrained_text: PretrainedText | None = None,
-                   weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
+def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True, pretrained_text: PretrainedEncoder | None = None,
+                   language_model: FrozenLm | None = None, weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
     """Return, in the list's order, what builds each layer with its initial weights; a process calls those of its own stage.
 
     load_pretrained: False where a run's own weights will fill the layers, so that no download is needed.
-    pretrained_text: what `text.pretrained` names, opened; needed where the run names some and its weights are to start from them.
-    weight_of: gives every whole weight by name, to be filled from (model.parts.fill); then nothing is drawn or downloaded.
+    pretrained_text: what `text.pretrained`, or `text.bridge.pretrained`, names, opened; needed where the run names some and starts from them.
+    language_model: that of a run around a frozen one, if it is open already.
+    weight_of: gives every whole weight by name, to be filled from (model.parts.fill); then nothing is drawn or downloaded, but a frozen language
+    model, whose weights are in no checkpoint.
     """
     # The tower comes in one piece, and only where one of its layers is asked for.
     downloads = load_pretrained and weight_of is None
-    assert pretrained_text or not (downloads and run.text.pretrained), "a run that names text weights must not start from random"
-    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=run.text.width, parts=parts, load_pretrained=downloads))
-    names = vision_names(run.vision)
-    builders = {name: partial(lambda place: tower()[place], place) for place, name in enumerate(names)} | text_builders(run.text, objective, parts)
+    text = run.text
+    assert pretrained_text or not (downloads and pretrained_name(run)), "a run that names weights must not start from random"
+    text_width = text.width if isinstance(text, TextConfig) else text.bridge.width
+    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=text_width, parts=parts, load_pretrained=downloads))
+    names = vision_names(run)
+    behind = text_builders(text, objective, parts) if isinstance(text, TextConfig) else language_builders(run, text, objective, language_model)
+    builders = {name: partial(lambda place: tower()[place], place) for place, name in enumerate(names)} | behind
 
     def initialized(name: str, build: Callable[[], nn.Module]) -> nn.Module:
         layer = build()
+        if isinstance(layer, FrozenLm):
+            return layer
         with torch.no_grad():
             for weight, parameter in layer.named_parameters(prefix=name):
-                own_name = TIED_WITH.get(weight, weight) if run.text.tied else weight
+                own_name = TIED_WITH.get(weight, weight) if is_tied(run) else weight
                 if weight_of is not None:
                     fill(parameter, weight_of(own_name))
                 elif not parameter.is_meta and not (name in names and is_pretrained(run, weight)):
@@ -136,10 +150,16 @@ def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrai
     return {name: partial(initialized, name, build) for name, build in builders.items()}
 
 
-def vision_names(config: OpenClipVisionConfig | SmallVisionConfig) -> list[str]:
-    """Return the names of the tower's layers."""
-    depth = config.layers if isinstance(config, SmallVisionConfig) else named_sizes(config.name)["layers"]
-    return ["vision_entry", *(f"vision_{i}" for i in range(depth - (config.output == "penultimate"))), "vision_exit"]
+def vision_names(run: Run) -> list[str]:
+    """Return the names of the tower's layers; into a bridge it has no exit of its own."""
+    leave = ["vision_exit"] if isinstance(run.text, TextConfig) else []
+    return ["vision_entry", *(f"vision_{i}" for i in range(tower_sizes(run.vision)["layers"] - (run.vision.output == "penultimate"))), *leave]
+
+
+def tower_sizes(config: OpenClipVisionConfig | SmallVisionConfig) -> dict[str, Any]:
+    """Return width, layers, patch_size, prefix_tokens and image_tokens (I, the prefix counted) of any tower."""
+    sizes = {"prefix_tokens": 1} | config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes(config.name)
+    return sizes | {"image_tokens": sizes["prefix_tokens"] + (config.image_size // sizes["patch_size"]) ** 2}
 
 
 def tie(layers: Mapping[str, nn.Module]) -> None:
@@ -160,8 +180,18 @@ def is_pretrained(run: Run, name: str) -> bool:
     """
     if name.startswith("vision_"):
         return isinstance(run.vision, OpenClipVisionConfig) and bool(run.vision.pretrained) and not FRESH_VISION.search(name)
-    own_name = TIED_WITH.get(name, name) if run.text.tied else name
-    return bool(run.text.pretrained) and PRETRAINED_TEXT.match(own_name) is not None
+    own_name = TIED_WITH.get(name, name) if is_tied(run) else name
+    return bool(pretrained_name(run)) and PRETRAINED_TEXT.match(own_name) is not None
+
+
+def pretrained_name(run: Run) -> str:
+    """Return what the text side or the bridge starts from; empty for random."""
+    return run.text.pretrained if isinstance(run.text, TextConfig) else run.text.bridge.pretrained
+
+
+def is_tied(run: Run) -> bool:
+    """Return whether the decoder's weights are the embedding table's. A frozen language model's own are its own business."""
+    return isinstance(run.text, TextConfig) and run.text.tied
 
 
 def pretrained_names(run: Run, layers: Mapping[str, nn.Module]) -> frozenset[str]:
@@ -169,17 +199,20 @@ def pretrained_names(run: Run, layers: Mapping[str, nn.Module]) -> frozenset[str
     return frozenset(name for layer in layers for name, _ in layers[layer].named_parameters(prefix=layer) if is_pretrained(run, name))
 
 
-def account_for(run: Run, objective: Objective, pretrained_text: PretrainedText | None) -> dict[str, Account]:
-    """Return, for `vision` and `text` where the run starts from a file, what became of all of it. pretrained_text: of layer_builders."""
+def account_for(run: Run, objective: Objective, pretrained_text: PretrainedEncoder | None) -> dict[str, Account]:
+    """Return, for `vision` and for `text` or `bridge` where the run starts from a file, what became of it. pretrained_text: of layer_builders."""
     accounts = {}
     if isinstance(run.vision, OpenClipVisionConfig) and run.vision.pretrained:
-        accounts["vision"] = vision_account(run.vision, names=vision_names(run.vision), text_width=run.text.width)
+        accounts["vision"] = vision_account(run.vision, names=vision_names(run))
     if pretrained_text:
+        text = run.text
+        builders = text_builders(text, objective, PlainParts()) if isinstance(text, TextConfig) else language_builders(run, text, objective)
         with torch.device("meta"):
-            layers = {name: build() for name, build in text_builders(run.text, objective, PlainParts()).items()}
-        if run.text.tied:
+            layers = {name: build() for name, build in builders.items() if name != "head" or isinstance(text, TextConfig)}
+        if is_tied(run):
             tie(layers)
-        accounts["text"] = pretrained_text.account([name for name, _ in nn.ModuleDict(layers).named_parameters()])
+        side = "text" if isinstance(text, TextConfig) else "bridge"
+        accounts[side] = pretrained_text.account([name for name, _ in nn.ModuleDict(layers).named_parameters()])
     return accounts
 
 
@@ -196,6 +229,26 @@ def text_builders(config: TextConfig, objective: Objective, parts: Parts) -> dic
             builders[f"{stage}_{i}"] = partial(TextLayer, config, parts, fuses=stage == "fusion", reconstructs=reconstructs)
     builders["head"] = partial(Head, config, parts)
     return builders
+
+
+def language_builders(run: Run, config: LanguageModelConfig, objective: Objective,
+                      language_model: FrozenLm | None = None) -> dict[str, Callable[[], nn.Module]]:
+    """Return what builds the bridge and, as the head, the frozen language model: `language_model`, or that of the config."""
+    sizes = tower_sizes(run.vision)
+    builders = bridge_layers(config.bridge, tower_width=sizes["width"], image_tokens=sizes["image_tokens"], prefix_tokens=sizes["prefix_tokens"],
+                             lm_width=language_shape(config).width, seed=run.seed)
+    return builders | {"head": lambda: language_model or open_language_model(run, config, objective)}
+
+
+def open_language_model(run: Run, config: LanguageModelConfig, objective: Objective) -> FrozenLm:
+    """Return a run's frozen language model. Raises CheckpointError when its weights are not those that the run states."""
+    sizes = tower_sizes(run.vision)
+    prefix = tokens_along(config.bridge, image_tokens=sizes["image_tokens"], prefix_tokens=sizes["prefix_tokens"])[-1]
+    model = open_frozen(config, precision=run.precision, recompute=run.recompute, prefix_tokens=prefix + objective.num_added)
+    if config.weights_hash and (found := content_hash(model)) != config.weights_hash:
+        raise CheckpointError(f"language model {config.name} has weights with the sha256 {found[:12]}, and the run states "
+                              f"{config.weights_hash[:12]}; name the model that it was trained with")
+    return model
 
 
 def initialize(parameter: Tensor, *, name: str, seed: int) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from flm_scale.batch import State
 from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import VisionLanguageModel, run_layers
+from flm_scale.model.frozen_lm import FrozenLm
 from flm_scale.model.layers import add_residual, attend
 from flm_scale.model.text import FusionEntry, Head, StreamLayer, TextEntry, TextLayer
+from flm_scale.objectives.captioning import Captioning
 from flm_scale.objectives.objective import Objective
 
 
@@ -34,11 +36,17 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
     """Return one caption a picture: the finished hypothesis with the best mean log-probability; one beam is greedy search.
 
     vocab_size: the tokenizer's; rows of the decoder behind it are never said.   max_length: tokens with BOS and EOS; EOS is forced at the end.
-    A hypothesis that ends leaves its beam for good, so the search narrows until the last one has ended.
+    A hypothesis that ends leaves its beam for good, so the search narrows until the last one has ended. A frozen language model searches in
+    transformers' own way.
     Raises ConfigError for an objective without a stream that continues from the left.
     """
     if not objective.generates:
         raise ConfigError("objective.kind ('mlm') has no stream that reads from the left, so it cannot say a caption; use flm, ar or prefix_lm")
+    if "head" in model.layers and isinstance(head := model.layers["head"], FrozenLm):
+        assert isinstance(objective, Captioning), "the objective of a frozen language model"
+        said = head.generate(encode_images(model, pixels), prompt_ids=[bos_id, *objective.prompt.tolist()], eos_id=eos_id,
+                             max_length=max_length + objective.num_added, beams=beams)
+        return [Generated(ids, score) for ids, score in said]
     num_images, device = len(pixels), pixels.device
     decoder = CachedDecoder(model, encode_images(model, pixels), beams=beams)
     # Until the first step all beams of a picture are alike: one of them lives.
@@ -73,10 +81,10 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
 
 
 def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> Float[Tensor, "N I D"]:
-    """Return the image rows that the text looks at."""
+    """Return the image rows that the text looks at, or that stand in front of it."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)
     state = State(pixels, *[nothing] * (len(State._fields) - 1))._replace(image_slots=nothing.new_empty(len(pixels), 0))
-    tower = [layer for name, layer in model.layers.items() if name.startswith("vision_")]
+    tower = [layer for name, layer in model.layers.items() if name.startswith(("vision_", "bridge_"))]
     rows = model.relay(pixels, lambda rows: run_layers(tower, state._replace(rows=rows), recompute=False).rows)
     images: Tensor = rows.unflatten(0, (len(pixels), -1))
     return images

@@ -74,8 +74,8 @@ def outline(run: Run, objective: Objective) -> nn.ModuleDict:
     with torch.device("meta"), _Unfilled():
         entry, *blocks, leave = _vision(run, parts)
         layers = {"vision_entry": entry, **{f"vision_{i}": block for i, block in enumerate(blocks)}, "vision_exit": leave}
-        layers |= {name: build() for name, build in text_builders(run.text, objective, parts).items()}
-    if run.text.tied:
+        layers |= {name: build() for name, build in text_builders(run.transformer, objective, parts).items()}
+    if run.transformer.tied:
         tie(layers)
     return nn.ModuleDict(layers)
 
@@ -88,7 +88,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _vision(run: Run, parts: ShapeParts) -> list[nn.Module]:
-    sizes, text_width = _tower_sizes(run.vision), run.text.width
+    sizes, text_width = _tower_sizes(run.vision), run.transformer.width
     if sizes is None or run.vision.image_size % sizes["patch_size"]:  # build_vision says what is wrong
         return build_vision(run.vision, text_width=text_width, parts=parts, load_pretrained=False)
     width, patch_size = sizes["width"], sizes["patch_size"]

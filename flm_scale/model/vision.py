@@ -167,8 +167,10 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
     return layers
 
 
-def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str], text_width: int) -> Account:
-    """Return what becomes of every tensor of the file that `vision.pretrained` names, without reading their values. names: of the tower's layers.
+def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str]) -> Account:
+    """Return what becomes of every tensor of the file that `vision.pretrained` names, without reading their values.
+
+    names: of the tower's layers, those that the model has of `tower_layers`.
 
     open_clip loads the file, strictly and at the size of the pictures; the layers take what they run.
     """
@@ -176,7 +178,7 @@ def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str], text_w
         visual = _named_tower(config, load_pretrained=False)
         tower = _parts(visual)
         assert tower is not None, "named_sizes refuses what is not a ViT"
-        layers = tower_layers(tower, config, PlainParts(), text_width=text_width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        layers = tower_layers(tower, config, PlainParts(), text_width=1, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))[:len(names)]
     known = {id(weight): f"visual.{name}" for name, weight in visual.named_parameters()}
     # These two are copies where timm has made them.
     known |= {id(copy): f"visual.trunk.{name}" for name, copy in (("cls_token", tower.class_embedding), ("pos_embed", tower.positional_embedding))

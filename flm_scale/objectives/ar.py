@@ -15,6 +15,7 @@ class Ar:
     num_streams = 1
     has_queries = False
     generates = True
+    num_added = 0
 
     def num_views(self, length: int) -> int:  # noqa: ARG002 - one, however long
         """Return 1: the caption goes into the batch once."""

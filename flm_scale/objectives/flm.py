@@ -19,6 +19,7 @@ class Flm:
     num_streams = 2
     has_queries = True
     generates = True
+    num_added = 0
 
     def __init__(self, config: FlmConfig) -> None:
         self.corruption_rate, self.draw_rate = config.corruption_rate, config.draw_rate

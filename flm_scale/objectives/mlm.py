@@ -19,6 +19,7 @@ class Mlm:
     num_streams = 1
     has_queries = False
     generates = False
+    num_added = 0
 
     def __init__(self, config: MlmConfig, *, mask_id: int) -> None:
         self.config, self.mask_id = config, mask_id

@@ -1,11 +1,12 @@
 """What an objective offers, and the choice of one from its section of the Run."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from flm_scale.batch import Example, Term
-from flm_scale.config import ArConfig, FlmConfig, MlmConfig, PrefixLmConfig
+from flm_scale.config import ArConfig, CaptioningConfig, FlmConfig, MlmConfig, PrefixLmConfig
 
 
 @runtime_checkable
@@ -17,6 +18,8 @@ class Objective(Protocol):
     """Whether the model needs a reconstructor."""
     generates: bool
     """Whether a stream was trained to continue a caption from the left."""
+    num_added: int
+    """Tokens that `corrupt` puts into each view beside the caption's own."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -45,9 +48,14 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(config: FlmConfig | MlmConfig | ArConfig | PrefixLmConfig, *, mask_id: int) -> Objective:
-    """Return the objective of a Run. mask_id: the tokenizer's mask token, which only MLM uses."""
+def build_objective(config: FlmConfig | MlmConfig | ArConfig | PrefixLmConfig | CaptioningConfig, *, mask_id: int,
+                    prompt: Sequence[int] = ()) -> Objective:
+    """Return the objective of a Run.
+
+    mask_id: the tokenizer's mask token, which only MLM uses.   prompt: token ids of a captioning objective's prompt.
+    """
     from flm_scale.objectives.ar import Ar
+    from flm_scale.objectives.captioning import Captioning
     from flm_scale.objectives.flm import Flm
     from flm_scale.objectives.mlm import Mlm
     from flm_scale.objectives.prefix_lm import PrefixLm
@@ -61,3 +69,5 @@ def build_objective(config: FlmConfig | MlmConfig | ArConfig | PrefixLmConfig, *
             return Ar()
         case PrefixLmConfig():
             return PrefixLm(config)
+        case CaptioningConfig():
+            return Captioning(np.array(prompt, np.int32))

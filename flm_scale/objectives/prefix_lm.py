@@ -17,6 +17,7 @@ class PrefixLm:
     num_streams = 1
     has_queries = False
     generates = True
+    num_added = 0
 
     def __init__(self, config: PrefixLmConfig) -> None:
         self.target_rate, self.draw_rate = config.target_rate, config.draw_rate

@@ -5,12 +5,17 @@ Model FLOPs count attention over the real lengths of each caption, without credi
 more, because attention runs on padded views; `executed=True` counts that, and a test holds it against torch's own counter.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from flm_scale.batch import State
 from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
+from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.model.bridge import tokens_along
+from flm_scale.model.frozen_lm import language_shape
 from flm_scale.model.vision import named_sizes
 
 
@@ -52,6 +57,8 @@ class BatchShapes:
     """Sizes of one packed micro-batch; letters as in batch.py. Pairs are (row that looks, row it may look at), of one stream."""
 
     num_images: int
+    num_captions: int
+    """C: several views of one count each."""
     num_streams: int
     text_tokens: int
     num_queries: int
@@ -73,8 +80,8 @@ class BatchShapes:
         (captions, longest), longest_queries = state.slots.shape, state.query_slots.shape[1]
         caption_of_query = state.query_places // max(longest_queries, 1)
         return cls(
-            num_images=len(state.image_slots), num_streams=len(state.first), text_tokens=len(state.ids), num_queries=len(state.queries),
-            num_targets=len(state.target_rows), self_pairs=int((state.lengths ** 2).sum()),
+            num_images=len(state.image_slots), num_captions=captions, num_streams=len(state.first), text_tokens=len(state.ids),
+            num_queries=len(state.queries), num_targets=len(state.target_rows), self_pairs=int((state.lengths ** 2).sum()),
             query_pairs=int(state.lengths[caption_of_query].sum()), view_self_pairs=captions * longest ** 2,
             view_query_pairs=captions * longest_queries * longest, view_image_rows=state.image_slots.numel())
 
@@ -84,8 +91,13 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 
     executed: count attention as the padded views compute it, not over real lengths.
     'projections' are the linear from the tower and the one at the entry of the fusion layers; image keys and values are in 'fusion'.
+    Of a run around a frozen language model the parts are vision, bridge, language_model and head.
     """
-    d, text, streams, queries = run.text.width, run.text, shapes.num_streams, shapes.num_queries
+    if isinstance(run.text, LanguageModelConfig):
+        flops = bridge_flops(run.text, vision)
+        return {"vision": vision_flops(vision) * shapes.num_images, "bridge": sum(flops.values()) * shapes.num_images,
+                **language_flops(run.text, shapes, vision, executed=executed)}
+    d, text, streams, queries = run.transformer.width, run.transformer, shapes.num_streams, shapes.num_queries
     stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * vision.image_tokens
     self_pairs, query_pairs, looking_rows = (
         (shapes.view_self_pairs, shapes.view_query_pairs, shapes.view_image_rows) if executed
@@ -111,9 +123,36 @@ def vision_flops(vision: VisionShape) -> float:
     return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - vision.prefix_tokens)
 
 
-def training_flops(run: Run, forward: Mapping[str, float]) -> float:
-    """Return the model FLOPs of forward and backward: three times the forward, a frozen tower once.
+def bridge_flops(config: LanguageModelConfig, vision: VisionShape) -> dict[str, float]:
+    """Return the forward FLOPs of each layer of the bridge for one image. Matching and merging, 2 % of it, do not count."""
+    d, tokens = config.bridge.width, tokens_along(config.bridge, image_tokens=vision.image_tokens, prefix_tokens=vision.prefix_tokens)
+    features = vision.width * config.bridge.reducer_features
+    flops: dict[str, float] = {"bridge_entry": 2 * features * d * tokens[0]}
+    for i, (before, after) in enumerate(pairwise(tokens)):
+        flops |= {f"bridge_{i}_attention": 8 * d * d * before + 4 * d * before ** 2, f"bridge_{i}_mlp": 16 * d * d * after}
+    return flops | {"bridge_exit": 2 * d * language_shape(config).width * tokens[-1]}
 
-    What is computed twice to save memory (recompute, the logits) is not counted: utilisation is about useful work.
+
+def language_flops(config: LanguageModelConfig, shapes: BatchShapes, vision: VisionShape, *, executed: bool = False) -> dict[str, float]:
+    """Return the forward FLOPs of the frozen language model: its layers over each caption behind its picture's rows, and its head."""
+    model = language_shape(config)
+    prefix = tokens_along(config.bridge, image_tokens=vision.image_tokens, prefix_tokens=vision.prefix_tokens)[-1]
+    rows = shapes.num_captions * prefix + shapes.text_tokens
+    pairs = shapes.num_captions * prefix ** 2 + 2 * prefix * shapes.text_tokens + shapes.self_pairs
+    if executed:  # right padding runs along
+        longest = math.isqrt(shapes.view_self_pairs // shapes.num_captions)
+        rows, pairs = shapes.num_captions * (prefix + longest), shapes.num_captions * (prefix + longest) ** 2
+    return {"language_model": 2 * model.layer_weights * rows + 4 * model.attention_width * model.layers * pairs,
+            "head": 2 * model.head_weights * shapes.num_targets}
+
+
+def training_flops(run: Run, forward: Mapping[str, float]) -> float:
+    """Return the model FLOPs of forward and backward: three times the forward, a frozen tower once, a frozen language model twice.
+
+    Gradients go through the language model, and none to its weights. What is computed twice to save memory (recompute, the logits) is not counted:
+    utilisation is about useful work.
     """
-    return sum(flops * (1 if part == "vision" and not run.vision.trainable else 3) for part, flops in forward.items())
+    passes = {"vision": 3 if run.vision.trainable else 1}
+    if isinstance(run.text, LanguageModelConfig):
+        passes |= {"language_model": 2, "head": 2}
+    return sum(flops * passes.get(part, 3) for part, flops in forward.items())

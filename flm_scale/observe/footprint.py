@@ -24,7 +24,7 @@ class Footprint(NamedTuple):
 
 def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: int) -> dict[str, Footprint]:
     """Return the footprint of each layer of the list in one process, by name. longest: L, of the captions that `shapes` tells of."""
-    text, pieces, element = run.text, run.parallel.tensor, 2 if run.precision == "bf16" else 4
+    text, pieces, element = run.transformer, run.parallel.tensor, 2 if run.precision == "bf16" else 4
     d, streams, targets = text.width, shapes.num_streams, shapes.num_targets
     stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * vision.image_tokens
     all_rows = stream_rows + shapes.num_queries + image_rows

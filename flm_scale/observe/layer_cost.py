@@ -9,8 +9,9 @@ import numpy as np
 
 from flm_scale.batch import Example
 from flm_scale.config import Run
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.objectives.objective import build_objective
-from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, vision_flops
+from flm_scale.observe.cost import BatchShapes, VisionShape, bridge_flops, forward_flops, vision_flops
 from flm_scale.parallel.stages import cut
 
 
@@ -36,7 +37,7 @@ def expected_shapes(run: Run) -> BatchShapes:
     captions, images = pairs * len(views), min(pairs, run.batch.images)
     captions_per_image = -(-captions // images)
     return BatchShapes(
-        num_images=images, num_streams=len(views[0].first), text_tokens=tokens, num_queries=queries,
+        num_images=images, num_captions=captions, num_streams=len(views[0].first), text_tokens=tokens, num_queries=queries,
         num_targets=pairs * sum(len(view.target_rows) for view in views),
         self_pairs=pairs * sum(view.length ** 2 for view in views), query_pairs=pairs * sum(len(view.queries) * view.length for view in views),
         view_self_pairs=captions * longest ** 2, view_query_pairs=captions * (longest - 2) * longest if queries else 0,
@@ -45,12 +46,16 @@ def expected_shapes(run: Run) -> BatchShapes:
 
 def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
     """Return the forward FLOPs of each layer of the list, in its order; they add up to those of forward_flops, to the last digit."""
-    text, parts = run.text, forward_flops(run, shapes, vision)
+    parts = forward_flops(run, shapes, vision)
     entry = vision_flops(replace(vision, layers_run=0)) * shapes.num_images
+    tower = {"vision_entry": entry, **{f"vision_{i}": (parts["vision"] - entry) / vision.layers_run for i in range(vision.layers_run)}}
+    if isinstance(run.text, LanguageModelConfig):
+        bridge = {name: flops * shapes.num_images for name, flops in bridge_flops(run.text, vision).items()}
+        return tower | bridge | {"head": parts["language_model"] + parts["head"]}
+    text = run.transformer
     fusion_entry = forward_flops(run, replace(shapes, num_images=0), vision)["projections"]
     num_reconstructors = text.reconstructor_bottom_layers + text.reconstructor_fusion_layers
-    flops = {"vision_entry": entry, **{f"vision_{i}": (parts["vision"] - entry) / vision.layers_run for i in range(vision.layers_run)},
-             "vision_exit": parts["projections"] - fusion_entry, "text_entry": 0.0}
+    flops = tower | {"vision_exit": parts["projections"] - fusion_entry, "text_entry": 0.0}
     stages = (("bottom", text.bottom_layers, text.reconstructor_bottom_layers), ("fusion", text.fusion_layers, text.reconstructor_fusion_layers))
     for stage, depth, reconstructor_depth in stages:
         if stage == "fusion":
@@ -64,9 +69,9 @@ def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str,
 def rank_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
     """Return the forward FLOPs of each layer that one process computes: its share of what tensor parallelism splits, and all of the rest."""
     def share(name: str, flops: float) -> float:
-        if name == "fusion_entry" or (name.startswith("vision_") and run.parallel.vision == "replicated"):
+        if run.parallel.tensor == 1 or name == "fusion_entry" or (name.startswith("vision_") and run.parallel.vision == "replicated"):
             return flops
-        whole = 2 * run.text.width ** 2 * shapes.num_targets if name == "head" else 0
+        whole = 2 * run.transformer.width ** 2 * shapes.num_targets if name == "head" else 0
         return whole + (flops - whole) / run.parallel.tensor
 
     return {name: share(name, flops) for name, flops in layer_flops(run, shapes, vision).items()}

@@ -18,6 +18,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flm_scale.config import Run
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.errors import DataError
 from flm_scale.observe.metrics import read_metrics
 from flm_scale.observe.progress import clock
@@ -120,9 +121,12 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
     """Return the header's list of (what, value). A line of the metrics may carry the number of 'parameters'."""
     vision, text, batch, optim = run.vision, run.text, run.batch, run.optim
     tower = vision.name if vision.kind == "open_clip" else f"ViT, width {vision.width}, {vision.layers} layers, patch {vision.patch_size}"
-    layers = f"{text.bottom_layers} + {text.fusion_layers} layers"
-    if run.objective.kind == "flm":
-        layers += f", reconstructor {text.reconstructor_bottom_layers} + {text.reconstructor_fusion_layers}"
+    if isinstance(text, LanguageModelConfig):
+        reads = f"{text.name} · frozen · behind a bridge of width {text.bridge.width}, {text.bridge.layers} layers, {text.bridge.reducer.kind}"
+    else:
+        reads = f"width {text.width}, {text.heads} heads · {text.bottom_layers} + {text.fusion_layers} layers"
+        if run.objective.kind == "flm":
+            reads += f", reconstructor {text.reconstructor_bottom_layers} + {text.reconstructor_fusion_layers}"
     engine = run.parallel.engine + (f" ZeRO {run.parallel.zero}" if run.parallel.engine == "deepspeed" else "")
     parameters = [line["parameters"] for line in metrics if line.get("parameters")]
     settings = ", ".join(f"{name.replace('_', ' ')} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
@@ -130,7 +134,7 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
     return [
         ("Objective", run.objective.kind.replace("_", " ").upper() + (f" · {settings}" if settings else "")),
         ("Vision", f"{tower} · {vision.image_size} px{'' if vision.trainable else ' · frozen'}"),
-        ("Text", f"width {text.width}, {text.heads} heads · {layers}"),
+        ("Text", reads),
         *([("Parameters", f"{parameters[0] / 1e6:,.1f} million")] if parameters else []),
         ("Step", f"{batch.micro_batches} micro-batches: {batch.text_tokens:,} tokens, {batch.captions} captions, {batch.images} pictures at most"),
         ("Optimizer", f"{optim.kind.upper()} · peak rate {optim.lr:g} · {optim.schedule}, {optim.warmup_steps} warm-up steps"),

@@ -6,20 +6,27 @@ import pickle
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flm_scale.cli import main
+from flm_scale.config import BatchConfig, DataConfig
 from flm_scale.data import shards
+from flm_scale.data.loader import Loader, one_pass
+from flm_scale.data.reshard import reshard
 from flm_scale.data.shards import Dataset, Sample, open_dataset, write_dataset
 from flm_scale.data.sidecars import TokenIds, folder_of, read_sidecar, write_sidecar, write_sidecars
-from flm_scale.data.tokens import Tokenizer, train_tokenizer
+from flm_scale.data.subset import filter_dataset
+from flm_scale.data.tokens import LmTokenizer, Tokenizer, train_tokenizer
 from flm_scale.data.verify import verify
 from flm_scale.errors import DataError
+from flm_scale.objectives.ar import Ar
 from tests.data.killed import is_killed_before_change
+from tests.data.lm_folder import write_lm_folder
+from tests.synthetic import tiny_run
 
 CAPTIONS = [["a red circle", "", "the circle that you see here is red"], ["  "], [], ["a blue square"], ["un café noir"]]
 
@@ -135,15 +142,17 @@ def test_missing_token_ids_name_the_command_that_writes_them(dataset: Dataset, c
     with pytest.raises(DataError, match=rf"no token ids of 'train'.*: flm tokenizer encode {dataset.folder}"):
         TokenIds(dataset, "train", tokenizer_of(dataset))
     assert main(["tokenizer", "encode", str(dataset.folder)]) == 0
-    assert "token ids of train, val" in capsys.readouterr().out
+    assert ": token ids of train (20 captions), val (2 captions) by the tokenizer " in capsys.readouterr().out
     assert len(TokenIds(dataset, "train", tokenizer_of(dataset))) == 25
 
 
-def test_a_tokenizer_that_is_trained_anew_takes_the_old_token_ids_away(dataset: Dataset) -> None:
+def test_a_tokenizer_that_is_trained_anew_takes_its_old_token_ids_away(dataset: Dataset, model: Path) -> None:
     old = tokens_folder(dataset)
+    encode(dataset, model)
     assert main(["tokenizer", "train", str(dataset.folder), "--vocab-size", "30"]) == 0
     again = open_dataset(dataset.folder)
     assert not old.exists()
+    assert len(TokenIds(again, "train", LmTokenizer(model))) == 25
     assert verify(again) == []
     assert len(TokenIds(again, "val", tokenizer_of(again))) == 3
 
@@ -216,3 +225,111 @@ def test_ids_beyond_the_vocabulary_are_refused(dataset: Dataset) -> None:
     tokenizer.vocab_size = 20
     with pytest.raises(DataError, match="not what they state"):
         read_sidecar(dataset.folder, shard, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model's folder."""
+    return write_lm_folder(tmp_path_factory.mktemp("model") / "gpt2")
+
+
+def encode(dataset: Dataset, model: Path, *more: str) -> None:
+    assert main(["tokenizer", "encode", str(dataset.folder), "--tokenizer", str(model), *more]) == 0
+
+
+def test_a_language_models_token_ids_stand_beside_the_datasets_own(dataset: Dataset, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, lm = files_of(dataset.folder), LmTokenizer(model)
+    encode(dataset, model, "--workers", "2")
+    assert capsys.readouterr().out == (f"{folder_of(dataset.folder, lm.fingerprint)}: token ids of train (20 captions), val (2 captions) by {model} "
+                                       f"{lm.fingerprint[:12]}\n")
+    again = open_dataset(dataset.folder)
+    assert (again.root, again.tokenizer_fingerprint) == (dataset.root, dataset.tokenizer_fingerprint)
+    after = files_of(dataset.folder)
+    assert {name: after[name] for name in before} == before
+    assert {name.rpartition("/")[0] for name in after.keys() - before} == {f"tokens/{lm.fingerprint[:8]}{split}" for split in ("", "/train", "/val")}
+    tokens = TokenIds(again, "train", lm)
+    encoded = [[lm.encode(text, 100) for text in CAPTIONS[number % 5] if text.strip()] for number in range(25)]
+    assert [[ids.tolist() for ids in tokens[image]] for image in range(len(tokens))] == encoded
+    assert len(TokenIds(again, "train", tokenizer_of(again))) == 25
+
+
+def test_a_dataset_without_a_tokenizer_takes_a_language_models(tmp_path: Path, model: Path) -> None:
+    splits = {"train": [Sample("0", b"picture", "png", ["a red circle"], [], [], "", 8, 8)]}
+    dataset = write_dataset(tmp_path / "data", name="bare", sources=[], splits=splits, readme="")
+    encode(dataset, model)
+    lm = LmTokenizer(model)
+    assert [ids.tolist() for ids in TokenIds(open_dataset(dataset.folder), "train", lm)[0]] == [lm.encode("a red circle", 9)]
+
+
+def test_a_killed_encoding_for_a_language_model_goes_on_where_it_was(whole: Dataset, model: Path, tmp_path: Path) -> None:
+    copies = [open_dataset(shutil.copytree(whole.folder, tmp_path / name)) for name in ("undisturbed", "killed")]
+    lm = LmTokenizer(model)
+    write_sidecars(copies[0], lm)
+    undisturbed, killed = (folder_of(dataset.folder, lm.fingerprint) for dataset in copies)
+    assert is_killed_before_change(9, lambda: write_sidecars(copies[1], lm))
+    there = {file: file.stat().st_ino for file in killed.rglob("*.arrow")}
+    assert 0 < len(there) < len(list(undisturbed.rglob("*.arrow")))
+    with pytest.raises(DataError, match=f"flm tokenizer encode {copies[1].folder} --tokenizer {model}$"):
+        TokenIds(copies[1], "train", lm)
+    encode(copies[1], model)
+    assert files_of(killed) == files_of(undisturbed)
+    assert {file: file.stat().st_ino for file in there} == there
+
+
+def test_a_swapped_language_models_tokenizer_finds_no_ids_and_says_whose_there_are(dataset: Dataset, tmp_path: Path) -> None:
+    model = write_lm_folder(tmp_path / "model")
+    encode(dataset, model)
+    before, own = LmTokenizer(model).fingerprint[:8], dataset.tokenizer_fingerprint[:8]
+    (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes() + b" ")
+    after = LmTokenizer(model).fingerprint[:12]
+    with pytest.raises(DataError, match=rf"tokenizer {after} \(there is: {', '.join(sorted([before, own]))}\); write them: .* --tokenizer {model}$"):
+        TokenIds(dataset, "train", LmTokenizer(model))
+
+
+@pytest.mark.parametrize("damage", ["cut sidecar", "flipped length", "no JSON"])
+def test_damaged_ids_of_a_language_model_are_refused_and_mended(dataset: Dataset, model: Path, damage: str) -> None:
+    encode(dataset, model)
+    lm, (change, message) = LmTokenizer(model), DAMAGES[damage]
+    change(folder_of(dataset.folder, lm.fingerprint))
+    with pytest.raises(DataError, match=rf"{message}.*; write them again: flm tokenizer encode {dataset.folder} --tokenizer {model}$"):
+        TokenIds(dataset, "train", lm)[12]
+    encode(dataset, model)
+    assert len(TokenIds(dataset, "train", lm)[13]) == 1
+
+
+def test_what_is_made_of_a_dataset_leaves_a_language_models_ids_behind(dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    """Verified, filtered and cut anew it is as ever, and the command writes them for what was made."""
+    made = [filter_dataset(dataset, tmp_path / "plain filtered", captions_at_least=1), reshard(dataset, tmp_path / "plain cut", samples_per_shard=7)]
+    encode(dataset, model)
+    assert verify(dataset) == []
+    again = [filter_dataset(dataset, tmp_path / "filtered", captions_at_least=1), reshard(dataset, tmp_path / "cut", samples_per_shard=7)]
+    lm = LmTokenizer(model)
+    for one, other in zip(made, again, strict=True):
+        assert files_of(one.folder) == files_of(other.folder)
+        with pytest.raises(DataError, match="has no token ids"):
+            TokenIds(other, "train", lm)
+        encode(other, model)
+        assert verify(open_dataset(other.folder)) == []
+        assert len(TokenIds(other, "train", lm).lengths) == 20
+
+
+def test_the_loader_feeds_a_language_models_ids(toy_dataset: Dataset, model: Path, tmp_path: Path) -> None:
+    """In training and in one pass: the texts of a batch are the captions of its pictures."""
+    dataset = open_dataset(shutil.copytree(toy_dataset.folder, tmp_path / "data"))
+    encode(dataset, model)
+    lm = LmTokenizer(model)
+    run = tiny_run("ar", batch=BatchConfig(micro_batches=4, text_tokens=200, captions=8, images=5))
+    run = run.replace(data=DataConfig(path=dataset.folder, workers=0), text=run.text.replace(vocab_size=lm.vocab_size, max_length=60))
+
+    loader, index = Loader(run, [dataset], lm, Ar()), dataset.index("train", "val")
+    captions = dict(zip(index.keys, index.captions, strict=True))
+    assert loader.state["tokenizer"] == lm.fingerprint[:16]
+    seen = 0
+    for batch in [*loader.next_step(), *one_pass(run, dataset, "val", lm, Ar())]:
+        begins = [0, *batch.state.lengths.cumsum(0).tolist()]
+        ids = batch.state.ids.tolist()
+        texts = [ids[begin:end] for begin, end in pairwise(begins)]
+        expected = [lm.encode(text, 60) for key in batch.keys for text in captions[key]]
+        assert sorted(texts) == sorted(expected)
+        seen += len(texts)
+    assert seen > 20

@@ -18,7 +18,7 @@ from flm_scale.checkpoint.store import begin, commit, open_checkpoint, partial_f
 from flm_scale.config import ParallelConfig, Run
 from flm_scale.engine.base import Engine
 from tests.distributed.worker import HAS_COMPILER, Case, case_run, close_groups, engine_of, weights_of
-from tests.synthetic import random_batch
+from tests.synthetic import random_batch, tiny_language_run
 
 STEPS = 3
 """Before the save, and again behind it."""
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
     zero: int
     precision: str = "fp32"
     special: str = ""
-    """sgd, frozen (the vision tower), offload (DeepSpeed's CPU Adam, which may have to be compiled)."""
+    """sgd, frozen (the vision tower), offload (DeepSpeed's CPU Adam, which may have to be compiled), simvlg (into a frozen language model)."""
 
     def name(self, size: int) -> str:
         return f"{size}-{self.tensor}{self.pipe}{self.zero}-{self.precision}{self.special and '-'}{self.special}"
@@ -45,17 +45,21 @@ class Cut(NamedTuple):
 
 # By number of processes. ZeRO 1 in float32 is pairs_worker's.
 CUTS = {
-    1: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(1, 1, 1, "bf16"), Cut(1, 1, 0, special="sgd"), Cut(1, 1, 0, special="frozen")],
+    1: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(1, 1, 1, "bf16"), Cut(1, 1, 0, special="sgd"), Cut(1, 1, 0, special="frozen"),
+        Cut(1, 1, 0, special="simvlg")],
     2: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(2, 1, 2), Cut(2, 1, 3), Cut(1, 2, 0), *(Cut(1, 1, zero, "bf16") for zero in (1, 2, 3)),
+        *(Cut(1, 1, zero, special="simvlg") for zero in (1, 2, 3)), Cut(1, 1, 3, "bf16", "simvlg"),
         Cut(2, 1, 1, special="sgd"), Cut(1, 1, 2, special="sgd"), Cut(1, 1, 3, special="frozen"), Cut(1, 2, 1, special="frozen"),
         *([Cut(1, 1, 3, special="offload")] if HAS_COMPILER else [])],
     4: [Cut(2, 1, 3), Cut(2, 2, 1, "bf16")]}
 
 
-def run_of(cut: Cut) -> Run:
+def run_of(cut: Cut, out: Path) -> Run:
     template = "zero3-offload" if cut.special == "offload" else ""
     parallel = ParallelConfig(engine="deepspeed", zero=cut.zero, tensor=cut.tensor, pipe=cut.pipe, vision="shard_batch", template=template)
     case = Case("flm", "sgd" if cut.special == "sgd" else "adamw", 0.5, 0, tied=True, shard_images=True)
+    if cut.special == "simvlg":
+        return tiny_language_run(out / "language_model", precision=cut.precision, parallel=parallel, steps=2 * STEPS)
     run = case_run(case, data=1, parallel=parallel)
     return run.replace(precision=cut.precision, steps=2 * STEPS, vision=run.vision.replace(trainable=cut.special != "frozen"))
 
@@ -89,7 +93,7 @@ def resumed(run: Run, run_dir: Path, *, step: int) -> Engine:
 
 
 def unbroken(cut: Cut, folder: Path) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    run = run_of(cut)
+    run = run_of(cut, folder.parent)
     engine = engine_of(run)
     train(engine, run, range(STEPS))
     save(engine, folder, step=STEPS)
@@ -98,7 +102,7 @@ def unbroken(cut: Cut, folder: Path) -> tuple[list[tuple[float, float]], dict[st
 
 def going_on(cut: Cut, source: Path, *, again: Path | None = None) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """again: where to save at once what was read."""
-    run = run_of(cut)
+    run = run_of(cut, source.parent)
     engine = resumed(run, source, step=STEPS)
     if again:
         save(engine, again, step=STEPS)

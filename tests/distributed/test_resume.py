@@ -15,6 +15,7 @@ from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
 from tests.distributed.launch import Launch, run_worker
 from tests.distributed.resume_worker import CUTS, STEPS, Cut
+from tests.language import write_language_model
 from tests.test_resume import arguments, saved_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -25,6 +26,7 @@ ALL = [pytest.param(cut, cut.name(size), id=cut.name(size)) for size, cuts in CU
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("resume")
+    write_language_model(out / "language_model")
     for size in CUTS:
         run_worker("resume_worker", out, processes=size, timeout=600)
     return out

@@ -1,4 +1,4 @@
-"""MLM, AR and PrefixLM: what is hidden, what is predicted."""
+"""MLM, AR, PrefixLM and captioning: what is hidden, what is predicted."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flm_scale.config import MlmConfig, PrefixLmConfig
 from flm_scale.objectives.ar import Ar
+from flm_scale.objectives.captioning import Captioning
 from flm_scale.objectives.mlm import Mlm
 from flm_scale.objectives.prefix_lm import PrefixLm
 from tests.synthetic import MASK_ID, caption_ids
@@ -76,6 +77,20 @@ def test_ar_predicts_every_token_and_eos_from_its_left() -> None:
     (example,) = Ar().corrupt(ids, np.random.default_rng(0))
     assert (example.target_ids == ids[1:]).all()
     assert (example.last[0] == np.arange(9)).all()
+
+
+@given(n=st.integers(1, 20), prompt=st.lists(st.integers(5, 50), max_size=6))
+@settings(max_examples=50)
+def test_captioning_reads_the_prompt_behind_the_first_token_and_predicts_the_caption_alone(n: int, prompt: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    ids, objective = caption_ids(n, rng), Captioning(np.array(prompt, np.int32))
+    (example,) = objective.corrupt(ids, rng)
+    assert example.ids.tolist() == [ids[0], *prompt, *ids[1:]]
+    assert example.length == len(ids) + objective.num_added
+    assert (example.target_ids == ids[1:]).all()
+    assert (example.ids[example.target_rows + 1] == example.target_ids).all()
+    assert (example.last[0] == np.arange(example.length)).all()
+    assert objective.whole(ids).pooled_row == example.length - 1
 
 
 def test_likelihood_views_score_every_content_token_once() -> None:

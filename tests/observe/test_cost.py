@@ -1,5 +1,8 @@
 """The FLOP count against torch's own counter on the real model, and against the published table."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flm_scale.batch import State
 from flm_scale.config import ArConfig, FlmConfig, MlmConfig, OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config_lm import MergeConfig, NoReducerConfig, PoolConfig, UnshuffleConfig
 from flm_scale.data.pack import pack
 from flm_scale.model.assemble import build_model
 from flm_scale.model.vision import build_vision, named_sizes
 from flm_scale.objectives.objective import build_objective
 from flm_scale.observe.cost import BatchShapes, VisionShape, forward_flops, training_flops, vision_flops, vision_shape
+from tests.language import write_language_model
+from tests.synthetic import objective_of, random_batch, tiny_language_run
 
 SMALL_VISION = SmallVisionConfig(image_size=32, patch_size=8, width=48, layers=3, heads=4)
 SMALL_TEXT = TextConfig(width=64, heads=4, bottom_layers=2, fusion_layers=2, reconstructor_bottom_layers=1, reconstructor_fusion_layers=2,
@@ -76,7 +82,7 @@ def test_formula_gives_the_published_table_at_padding_50(kind: str, patch_size: 
     vision = vision_shape(run.vision, {"width": 768, "layers": 12, "patch_size": patch_size})
     streams, queries = (2, 50) if kind == "flm" else (1, 0)
     flops = forward_flops(run, BatchShapes(
-        num_images=1, num_streams=streams, text_tokens=50, num_queries=queries, num_targets=50 * streams + queries, self_pairs=2500,
+        num_images=1, num_captions=1, num_streams=streams, text_tokens=50, num_queries=queries, num_targets=50 * streams + queries, self_pairs=2500,
         query_pairs=50 * queries, view_self_pairs=2500, view_query_pairs=50 * queries, view_image_rows=50), vision)
     flops["fusion"] += (streams - 1) * run.text.fusion_layers * 4 * 768 ** 2 * vision.image_tokens
     parts = [flops["vision"], flops["bottom"], flops["fusion"], flops["reconstructor"], flops["head"], sum(flops.values())]
@@ -87,8 +93,8 @@ def test_formula_gives_the_published_table_at_padding_50(kind: str, patch_size: 
 def test_formula_gives_the_published_cost_of_our_packed_layout(name: str, image_size: int, published: float) -> None:
     """Ten images with a caption of 11.3 tokens each, nothing computed on padding, image keys and values once: docs/flm.md, Cost."""
     run = Run(name="packed", vision=OpenClipVisionConfig(name=name, image_size=image_size))
-    shapes = BatchShapes(num_images=10, num_streams=2, text_tokens=113, num_queries=93, num_targets=10 * 29, self_pairs=1277, query_pairs=1051,
-                         view_self_pairs=1440, view_query_pairs=1200, view_image_rows=120)
+    shapes = BatchShapes(num_images=10, num_captions=10, num_streams=2, text_tokens=113, num_queries=93, num_targets=10 * 29, self_pairs=1277,
+                         query_pairs=1051, view_self_pairs=1440, view_query_pairs=1200, view_image_rows=120)
     flops = forward_flops(run, shapes, vision_shape(run.vision, named_sizes(name)))
     assert sum(flops.values()) / 10 / 1e9 == pytest.approx(published, abs=0.06)
 
@@ -123,3 +129,26 @@ def test_flops_of_a_named_tower_match_torchs_counter(name: str) -> None:
     shape = vision_shape(config, sizes)
     assert len(state.rows) == 2 * shape.image_tokens
     assert counter.get_total_flops() == 2 * vision_flops(shape)
+
+
+@pytest.mark.parametrize("reducer", [MergeConfig(merged=(1,)), PoolConfig(rows=1, columns=2), UnshuffleConfig(), NoReducerConfig()],
+                         ids=lambda one: one.kind)
+def test_flops_of_a_bridge_and_a_language_model_match_torchs_counter(tmp_path: Path, reducer: Any) -> None:
+    """As executed; matching and merging are left out of both."""
+    run = tiny_language_run(write_language_model(tmp_path / "model"))
+    run = run.replace(text=run.text.replace(bridge=run.text.bridge.replace(width=48, reducer=reducer)))
+    batch = random_batch(run, seed=0)
+    model = build_model(run, objective_of(run))
+    with torch.no_grad(), FlopCounterMode(display=False, depth=10) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(batch.state)
+    modules = {name.split("layers.", 1)[-1]: sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.startswith("Vision")}
+
+    def total(*prefixes: str) -> float:
+        return sum(float(flops) for name, flops in modules.items() if name.startswith(prefixes) and "." not in name)
+
+    expected = forward_flops(run, BatchShapes.of(batch.state), vision_shape(run.vision), executed=True)
+    assert total("vision_") == pytest.approx(expected["vision"])
+    assert total("head") == pytest.approx(expected["language_model"] + expected["head"], rel=0.01), "rotary tables are left out"
+    assert total("bridge_") == pytest.approx(expected["bridge"], rel=0.02 if reducer.kind in ("merge", "pool") else 1e-9)
+    trained = training_flops(run, expected)
+    assert trained == 3 * (expected["vision"] + expected["bridge"]) + 2 * (expected["language_model"] + expected["head"])

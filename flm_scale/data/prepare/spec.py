@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from flm_scale.config import Section
 from flm_scale.data.sources import Source
 from flm_scale.data.storage import file_sha256
 from flm_scale.data.tar import MAX_SAMPLES
 from flm_scale.errors import ConfigError
+from flm_scale.section import Section
 
 SCORE = "clip_score"
 """The column that ScoreConfig is about, and the fate of what is below its minimum."""

@@ -1,0 +1,155 @@
+"""A bridge trained into a frozen language model, end to end on real shards: one loss, exact resume, and weights that never move."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flm_scale.checkpoint.store import last_good
+from flm_scale.checkpoint.weights import read_run
+from flm_scale.cli import main
+from flm_scale.data.shards import Dataset
+from flm_scale.evals.run import evaluate, open_run
+from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.model.frozen_lm import FrozenLm, content_hash
+from flm_scale.parallel.processes import start_processes
+from tests.language import write_language_model
+from tests.test_train import lines_of
+
+SIZES = ["--vision.image-size", "16", "--vision.width", "32", "--vision.layers", "2", "--vision.heads", "2", "--text.max-length", "16",
+         "--text.bridge.width", "32", "--text.bridge.layers", "2", "--batch.text-tokens", "120",
+         "--batch.captions", "8", "--batch.images", "8", "--data.workers", "0", "--parallel.engine", "local", "--optim.warmup-steps", "2"]
+MERGES = ["--text.bridge.reducer.merged", "1", "--objective.prompt", "a picture of"]
+SAVES = ["--steps", "6", "--log.validate-every-steps", "3", "--log.save-every-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def material(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dataset with the token ids of a language model, and that model."""
+    folder = tmp_path_factory.mktemp("simvlg")
+    data, model = shutil.copytree(toy_dataset.folder, folder / "data"), write_language_model(folder / "model")
+    assert main(["tokenizer", "encode", str(data), "--tokenizer", str(model)]) == 0
+    return data, model
+
+
+@pytest.fixture(scope="module")
+def train(material: tuple[Path, Path]) -> Callable[..., int]:
+    data, model = material
+
+    def run(run_dir: Path, *more: str, name: Path = model) -> int:
+        return main(["train", "simvlg_demo", "--data.path", str(data), "--text.name", str(name), "--run-dir", str(run_dir), *SIZES, *SAVES, *more])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(train: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "simvlg"
+    assert train(run_dir, *MERGES) == 0
+    return run_dir
+
+
+def opened(run_dir: Path) -> VisionLanguageModel:
+    trained_run = open_run(run_dir)
+    return trained_run.model(start_processes(trained_run.run.parallel))
+
+
+def test_the_bridge_learns_and_the_language_model_stays_as_it_was(trained: Path, material: tuple[Path, Path]) -> None:
+    losses = [line["loss"] for line in lines_of(trained) if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    model = opened(trained)
+    head = model.layers["head"]
+    assert isinstance(head, FrozenLm)
+    theirs = {name: weight for file in material[1].glob("*.safetensors") for name, weight in load_file(file).items()}
+    assert all(torch.equal(weight, theirs[name]) for name, weight in head.lm.named_parameters())
+    assert read_run(trained).text.weights_hash == content_hash(head)
+
+
+def test_a_checkpoint_holds_tower_and_bridge_and_nothing_of_the_language_model(trained: Path) -> None:
+    names = last_good(trained, full=True).names()
+    assert {name.split("_")[0] for name in names} == {"vision", "bridge"}
+    assert not any(name.startswith("head") for name in names)
+
+
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(trained: Path, train: Callable[..., int], tmp_path: Path) -> None:
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoints/step-000006")
+    assert train(broken, "--resume", *MERGES) == 0
+    (one, other) = ((run_dir / "checkpoints/step-000006/rank-00000.safetensors").read_bytes() for run_dir in (trained, broken))
+    assert one == other
+
+
+def test_recomputation_changes_no_bit(trained: Path, train: Callable[..., int], tmp_path: Path) -> None:
+    assert train(tmp_path / "again", "--recompute", *MERGES) == 0
+    files = [run_dir / "checkpoints/step-000006/rank-00000.safetensors" for run_dir in (trained, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_it_says_captions_and_ranks_them(trained: Path) -> None:
+    evaluate(trained, task="caption", split="test")
+    assert set(json.loads((trained / "evals/caption.json").read_text())["greedy"]) >= {"CIDEr", "exact"}
+    samples = json.loads((trained / "samples/samples.json").read_text())
+    # Every token of the caption, and nothing of the prompt.
+    for sample in samples:
+        assert "".join(token["piece"] for token in sample["tokens"]).replace("\u2581", " ").strip() == sample["truth"]
+    evaluate(trained, task="retrieval", split="test")
+    assert 0 <= json.loads((trained / "evals/retrieval.json").read_text())["image_to_text"]["R@1"] <= 1
+
+
+def test_the_bridge_may_start_from_a_bert_and_says_what_became_of_it(train: Callable[..., int], tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(vocab_size=30, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
+                         max_position_embeddings=20)).save_pretrained(tmp_path / "bert")
+    words = ["--text.bridge.pretrained", str(tmp_path / "bert"), "--steps", "3", "--optim.pretrained-lr-scale", "0"]
+    assert train(tmp_path / "run", *MERGES, *words) == 0
+    theirs = load_file(tmp_path / "bert/model.safetensors")
+    ours = last_good(tmp_path / "run", full=True)
+    assert torch.equal(ours.weight("bridge_1_mlp.mlp.up.weight")[:], theirs["encoder.layer.1.intermediate.dense.weight"])
+    assert "layers from 2 on" in (tmp_path / "run/pretrained.json").read_text()
+
+
+@pytest.mark.parametrize(("reducer", "more"), [
+    ("pool", ["--text.bridge.reducer.rows", "1", "--text.bridge.reducer.columns", "2"]), ("unshuffle", ["--text.bridge.reducer.factor", "2"]),
+    ("drop", ["--text.bridge.reducer.kept", "2"]), ("none", [])])
+def test_every_reducer_trains(train: Callable[..., int], tmp_path: Path, reducer: str, more: list[str]) -> None:
+    assert train(tmp_path / reducer, f"--text.bridge.reducer.kind={reducer}", *more) == 0
+
+
+def test_other_weights_under_the_same_name_are_refused(trained: Path, material: tuple[Path, Path], train: Callable[..., int], tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, other = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(material[1], tmp_path / "other")
+    file = next(file for file in sorted(other.glob("*.safetensors")) if "model.norm.weight" in load_file(file))
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    run = json.loads((run_dir / "run.json").read_text())
+    run["text"]["name"] = str(other)
+    (run_dir / "run.json").write_text(json.dumps(run))
+    assert main(["eval", str(run_dir), "--task", "retrieval"]) == 2
+    assert "has weights with the sha256" in capsys.readouterr().err
+    assert train(run_dir, "--resume", "--steps", "7", *MERGES, name=other) == 2
+    assert "text.weights_hash" in capsys.readouterr().err
+    moved = shutil.copytree(material[1], tmp_path / "moved")
+    assert train(run_dir, "--resume", "--steps", "7", *MERGES, name=moved) == 0
+
+
+def test_mistakes_are_one_line(trained: Path, material: tuple[Path, Path], train: Callable[..., int], toy_dataset: Dataset, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    for more, line in ((["--data.path", str(toy_dataset.folder)], f"flm tokenizer encode {toy_dataset.folder} --tokenizer {material[1]}"),
+                       (["--batch.text-tokens", "16", *MERGES], "must hold the prompt and one caption"),
+                       (["--text.max-length", "95"], "positions"),
+                       (["--parallel.tensor", "2", "--parallel.engine", "deepspeed"], "do not go with a frozen language model")):
+        assert train(tmp_path / "run", *more) == 2
+        error = capsys.readouterr().err.strip()
+        assert line in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+    for words in (["eval", str(trained), "--task", "vqa"], ["plan", str(trained)], ["checkpoint", "export", str(trained), str(tmp_path / "x")]):
+        assert main(words) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
