@@ -25,6 +25,9 @@ pretrain: setup  ## real data, a model trained with FLM, its scores and a report
 	$(FLM) eval $(RUN) --task vqa
 	$(FLM) report $(RUN)
 
+# Without compiled files each of the tests' hundreds of processes would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: test-fast  ## those with many processes of their own come one after another
 	$(PYTHON) -m pytest -q -m slow --durations=15
 

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ SHAPES = ("circle", "square")
 def one_thread() -> None:
     """Bit-equal results, and no fight over two cores; before any other fixture trains."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_wait_for_the_disk() -> Iterator[None]:
+    """A busy disk takes seconds for what no test can see: only a loss of power tells flushed from written. Other processes do flush."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _descriptor: None)
+        yield
 
 
 def drawn_sample(number: int, *, color: str, shape: str, image: bytes | None = None) -> Sample:

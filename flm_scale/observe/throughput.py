@@ -4,6 +4,7 @@ Peak FLOPs are the vendor's dense figures where the GPU is known by name, else t
 """
 
 import re
+from functools import cache
 from time import perf_counter
 from typing import Literal
 
@@ -21,8 +22,9 @@ KNOWN_PEAKS: tuple[tuple[str, float, float, float], ...] = (
 )
 
 
+@cache
 def peak_flops(device: torch.device, precision: Literal["fp32", "bf16"]) -> float:
-    """Return the FLOP/s that one device can reach, of this process's threads on a CPU. Measuring takes a fraction of a second."""
+    """Return the FLOP/s that one device can reach, of this process's threads on a CPU. Measured once, in a fraction of a second."""
     known = known_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
     return known or measured_peak(device, precision)
 

@@ -42,12 +42,6 @@ Weights = dict[tuple[str, str], Tensor]
 real_fsync = os.fsync
 
 
-@pytest.fixture(autouse=True)
-def no_wait_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy disk takes seconds for what no test can see: only a loss of power tells flushed from written."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
-
-
 def random_weights(seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     return {(kind, name): torch.randn(shape, generator=generator) for kind in KINDS for name, shape in SHAPES.items()}

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.hostile import SECONDS, TRAP, hostile_files
+from tests.data.hostile import SECONDS, TRAP
 
-FILES = hostile_files()
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 # Large pictures: 8 bytes a pixel before and behind the white; 6 for progressive coefficients and pixels. Everything else stays small.
@@ -29,13 +28,15 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in lines if "outcome" in line}
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_hostile_file_ends_as_it_must(name: str, ends: dict[str, dict[str, Any]]) -> None:
-    assert ends[name]["outcome"] == FILES[name].outcome
-    assert ends[name]["seconds"] < SECONDS
-    assert ends[name]["megabytes"] < MEGABYTES.get(name, 120)
+def test_every_hostile_file_ends_as_it_must(ends: dict[str, dict[str, Any]]) -> None:
+    assert {name: end["outcome"] for name, end in ends.items()} == {name: end["must"] for name, end in ends.items()}
+
+
+def test_every_hostile_file_ends_in_time_and_in_bounded_memory(ends: dict[str, dict[str, Any]]) -> None:
+    assert not {name: end["seconds"] for name, end in ends.items() if end["seconds"] >= SECONDS}
+    assert not {name: end["megabytes"] for name, end in ends.items() if end["megabytes"] >= MEGABYTES.get(name, 120)}
 
 
 def test_corpus_is_large_and_none_of_it_ran_code(ends: dict[str, dict[str, Any]]) -> None:
-    assert len(ends) == len(FILES) >= 40
+    assert len(ends) >= 150
     assert not Path(TRAP).exists()
