@@ -15,7 +15,14 @@ from flm_scale.model.pretrained import PretrainedBridge, PretrainedEncoder, Pret
 from flm_scale.objectives.objective import Objective, build_objective
 
 
-def open_language_tokens(run: Run) -> LmTokenizer | None:
+def open_data(run: Run) -> tuple[list[Dataset], AnyTokenizer]:
+    """Open the datasets that the run trains on, the first one first, and what cuts their captions. Raises DataError as `open_mixture`."""
+    language_tokens = _language_tokens(run)
+    datasets = open_mixture(run.data, language_tokens)
+    return datasets, language_tokens or Tokenizer(datasets[0].tokenizer_file)
+
+
+def _language_tokens(run: Run) -> LmTokenizer | None:
     """Return the tokenizer of the run's frozen language model; None for a run without one.
 
     Raises DataError when it is another than the run states.
@@ -24,8 +31,8 @@ def open_language_tokens(run: Run) -> LmTokenizer | None:
 
 
 def open_tokenizer(run: Run, dataset: Dataset) -> AnyTokenizer:
-    """Return what cuts the run's captions."""
-    return open_language_tokens(run) or Tokenizer(dataset.tokenizer_file)
+    """Return what cuts the run's captions; dataset: the first one."""
+    return _language_tokens(run) or Tokenizer(dataset.tokenizer_file)
 
 
 def objective_of(run: Run, tokenizer: AnyTokenizer) -> Objective:
@@ -66,8 +73,6 @@ def pin(run: Run, datasets: Sequence[Dataset], tokenizer: AnyTokenizer, language
 def step_keys(run: Run, *, step: int) -> list[str]:
     """Return the samples that a step, counted from 1, sees, whatever the layout: a line a micro-batch."""
     run = run.replace(data=run.data.replace(manifest_hash="", also_hashes=(), tokenizer_hash="", workers=0))  # no picture is read
-    datasets = open_mixture(run.data, open_language_tokens(run))
-    tokenizer = open_tokenizer(run, datasets[0])
-    objective = objective_of(run, tokenizer)
-    loader = Loader(run, datasets, tokenizer, objective)
+    datasets, tokenizer = open_data(run)
+    loader = Loader(run, datasets, tokenizer, objective_of(run, tokenizer))
     return [f"micro-batch {number}: {' '.join(keys)}" for number, keys in enumerate(loader.keys_of_step(step), start=1)]

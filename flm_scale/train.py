@@ -28,7 +28,7 @@ from flm_scale.checkpoint.store import folders_of, last_good_together
 from flm_scale.checkpoint.weights import find_checkpoint
 from flm_scale.config import Run, micro_steps
 from flm_scale.config_lm import LanguageModelConfig
-from flm_scale.data.loader import Loader, one_pass, open_mixture
+from flm_scale.data.loader import Loader, one_pass
 from flm_scale.data.shards import Dataset
 from flm_scale.engine.base import Engine, total_loss
 from flm_scale.errors import BadStepError, CheckpointError, ConfigError, DataError, ToldElsewhereError, UserError
@@ -45,7 +45,7 @@ from flm_scale.observe.metrics import MetricsLog
 from flm_scale.observe.progress import Progress
 from flm_scale.observe.rank_log import rank_log
 from flm_scale.observe.throughput import Meter, peak_flops
-from flm_scale.opening import objective_of, open_language_tokens, open_pretrained, open_tokenizer, pin
+from flm_scale.opening import objective_of, open_data, open_pretrained, pin
 from flm_scale.parallel.mesh import find_layout, find_ranks
 from flm_scale.parallel.processes import any_rank, gather, meet, place, together
 from flm_scale.parallel.replica import ReplicaLoader
@@ -70,9 +70,8 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
     ranks, _ = find_ranks(os.environ)
     layout = find_layout(run.parallel, world_size=ranks.size)
     micro_steps(run.batch, data_parallel_size=layout.data)
-    datasets = open_mixture(run.data, open_language_tokens(run))
+    datasets, tokenizer = open_data(run)
     dataset = datasets[0]
-    tokenizer = open_tokenizer(run, dataset)
     objective = objective_of(run, tokenizer)
     language_model = open_language_model(run, run.text, objective) if isinstance(run.text, LanguageModelConfig) else None
     run = pin(run, datasets, tokenizer, language_model)
