@@ -67,11 +67,6 @@ class BridgeConfig(Section):
     pretrained: str = ""
     """Folder, or name on the Hugging Face hub (downloaded once), of a BERT or RoBERTa that encoder layers and positions start from."""
 
-    @property
-    def reducer_features(self) -> int:
-        """Rows of the tower whose features become one row's."""
-        return self.reducer.factor ** 2 if isinstance(self.reducer, UnshuffleConfig) else 1
-
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
         if self.width % self.heads:

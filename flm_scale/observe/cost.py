@@ -16,6 +16,7 @@ from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
 from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.model.bridge import tokens_along
 from flm_scale.model.frozen_lm import language_shape
+from flm_scale.model.reducers import build_reducer
 from flm_scale.model.vision import named_sizes
 
 
@@ -126,7 +127,7 @@ def vision_flops(vision: VisionShape) -> float:
 def bridge_flops(config: LanguageModelConfig, vision: VisionShape) -> dict[str, float]:
     """Return the forward FLOPs of each layer of the bridge for one image. Matching and merging, 2 % of it, do not count."""
     d, tokens = config.bridge.width, tokens_along(config.bridge, image_tokens=vision.image_tokens, prefix_tokens=vision.prefix_tokens)
-    features = vision.width * config.bridge.reducer_features
+    features = vision.width * build_reducer(config.bridge.reducer, prefix_tokens=vision.prefix_tokens, seed=0).width_factor
     flops: dict[str, float] = {"bridge_entry": 2 * features * d * tokens[0]}
     for i, (before, after) in enumerate(pairwise(tokens)):
         flops |= {f"bridge_{i}_attention": 8 * d * d * before + 4 * d * before ** 2, f"bridge_{i}_mlp": 16 * d * d * after}
