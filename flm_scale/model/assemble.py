@@ -3,7 +3,6 @@
 The list is the whole model. Running it is `for layer in layers: state = layer(state)`, here or cut into pipeline stages.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.errors import CheckpointError
 from flm_scale.model.bridge import bridge_layers, tokens_along
 from flm_scale.model.frozen_lm import FrozenLm, content_hash, language_shape, open_frozen
-from flm_scale.model.parts import Parts, PlainParts, fill, shard_of, whole_shape
+from flm_scale.model.parts import Parts, PlainParts, fill, generator_of, shard_of, whole_shape
 from flm_scale.model.pretrained import Account, PretrainedEncoder
 from flm_scale.model.text import FusionEntry, Head, TextEntry, TextLayer
 from flm_scale.model.vision import build_vision, named_sizes, vision_account
@@ -265,8 +264,7 @@ def initial_values(parameter: Tensor, *, name: str, seed: int) -> Tensor:
     shape = whole_shape(parameter.shape, shard_of(parameter))
     if parameter.ndim < 2 and not name.endswith("_embedding"):
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
-    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+    generator = generator_of(name, seed=seed)
     scale = 0.02 if is_table(name, parameter) else 0.5 * math.prod(shape[1:]) ** -0.5
     return torch.randn(shape, generator=generator) * scale
 

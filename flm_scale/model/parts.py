@@ -4,6 +4,7 @@ Model code asks a `Parts` object for them. `PlainParts` gives torch's own, the s
 that hold 1/num_shards of the weights and whose results are the same.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ def whole_shape(shape: Sequence[int], shard: Shard | None) -> tuple[int, ...]:
 def whole_size(parameter: Tensor) -> int:
     """Return the number of values of the weight that this is a piece of."""
     return math.prod(whole_shape(parameter.shape, shard_of(parameter)))
+
+
+def generator_of(name: str, *, seed: int) -> torch.Generator:
+    """Return the generator of one name: what is drawn from it depends on the seed and the name alone."""
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ recomputed in a backward pass, or on another pipeline stage, never decides anew:
 look may choose the other, and gradients would go to the wrong rows without a word.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from flm_scale.config_lm import DropConfig, MergeConfig, NoReducerConfig, PoolConfig, UnshuffleConfig
 from flm_scale.errors import ConfigError
+from flm_scale.model.parts import generator_of
 
 
 @torch.no_grad()
@@ -242,6 +242,4 @@ def piece_means(size: int, pieces: int) -> Float[Tensor, "pieces size"]:
 @cache
 def kept_patches(num_patches: int, *, num_kept: int, seed: int) -> tuple[int, ...]:
     """Return which patches stay, ascending; drawn as initial weights are, from the seed and a name."""
-    key = hashlib.blake2b(f"{seed}/reducer.kept".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-    return tuple(sorted(torch.randperm(num_patches, generator=generator, device="cpu")[:num_kept].tolist()))
+    return tuple(sorted(torch.randperm(num_patches, generator=generator_of("reducer.kept", seed=seed), device="cpu")[:num_kept].tolist()))
