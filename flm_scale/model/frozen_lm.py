@@ -24,6 +24,7 @@ from flm_scale.batch import State
 from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import TARGETS_PER_CHUNK
+from flm_scale.model.pretrained import SAFETENSORS, folder_of_model
 
 FAMILIES = ("gpt2", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
 """transformers' model types whose logits are their output embeddings of the base model's last rows, and nothing more (tested for each).
@@ -241,20 +242,11 @@ def _first_line(error: Exception) -> str:
 
 def find_folder(config: LanguageModelConfig) -> Path:
     """Return the folder that is named, or that of the hub's model, which is fetched when it is not there yet."""
-    folder = Path(config.name)
-    if folder.is_dir():
-        if config.revision:
-            raise ConfigError(f"text.revision ('{config.revision}') is of a model of the hub, and {folder} is a folder; leave it out")
-        return folder
-    from huggingface_hub import snapshot_download
-
-    weights = [config.gguf_file] if config.gguf_file else ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-    try:
-        return Path(snapshot_download(config.name, revision=config.revision or None, allow_patterns=[
-            "config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", *weights]))
-    except (OSError, ValueError) as error:  # no connection, no such model or revision, not the name of one
-        raise CheckpointError(f"text.name ('{config.name}') is not a folder, and cannot be had from the hub ({_first_line(error)}); "
-                              "fetch it where there is a connection and give its folder") from error
+    if config.revision and Path(config.name).is_dir():
+        raise ConfigError(f"text.revision ('{config.revision}') is of a model of the hub, and {config.name} is a folder; leave it out")
+    weights = [config.gguf_file] if config.gguf_file else SAFETENSORS
+    return folder_of_model(config.name, option="text.name", revision=config.revision, files=[
+        "config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", *weights])
 
 
 def _read_config(config: LanguageModelConfig, folder: Path) -> Any:  # noqa: ANN401 - each family has a class of its own

@@ -32,6 +32,8 @@ GAMMA_BETA = {"weight": "gamma", "bias": "beta"}
 """What the first BERTs call the weight and bias of a norm."""
 LEFT_OUT = {"pooler.": "pooler", "seq_relationship": "next-sentence head", "position_ids": "buffers", "token_type_ids": "buffers",
             "word_embeddings.": "token table", "cls.predictions.": "head", "lm_head.": "head"}
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+"""Files of weights, whole or in shards."""
 MASK = "<mask>"
 OUR_EPS = 1e-5
 """Of every norm here, torch's own."""
@@ -304,21 +306,27 @@ class PretrainedBridge(PretrainedEncoder):
 
 
 def find_folder(pretrained: str, *, option: str) -> Path:
-    """Return the folder of that name, or of that model of the hub, which is fetched when it is not there yet. Raises CheckpointError."""
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
+    """Return the folder of that name, or of that model of the hub, pickled weights only where there are no others. Raises CheckpointError."""
+    folder = folder_of_model(pretrained, option=option, files=[
+        "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", *SAFETENSORS])
+    return folder if list(folder.glob("*.safetensors")) else folder_of_model(pretrained, option=option, files=["pytorch_model.bin"])
+
+
+def folder_of_model(name: str, *, option: str, files: Sequence[str], revision: str = "") -> Path:
+    """Return the folder of that name, or of that model of the hub, of which some files are fetched when they are not there yet.
+
+    option: the user's word for the name. Raises CheckpointError.
+    """
+    if Path(name).is_dir():
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(pretrained, allow_patterns=[
-            "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "model.safetensors",
-            "model-*.safetensors", "model.safetensors.index.json"]))
-        if not list(folder.glob("*.safetensors")):
-            snapshot_download(pretrained, allow_patterns=["pytorch_model.bin"])
-    except (OSError, ValueError) as error:  # no connection, no such model, not the name of one
-        raise CheckpointError(f"{option} ('{pretrained}') is not a folder, and cannot be had from the hub ({str(error).splitlines()[0]}); "
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:  # no connection, no such model or revision, not the name of one
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{option} ('{name}') is not a folder, and cannot be had from the hub ({why}); "
                               "fetch it where there is a connection and give its folder") from error
-    return folder
 
 
 def read_config(folder: Path, *, option: str) -> SourceConfig:
