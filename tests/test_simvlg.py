@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flm_scale.checkpoint.store import last_good
 from flm_scale.checkpoint.weights import read_run
 from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
+from flm_scale.evals.caption import Caption
 from flm_scale.evals.run import evaluate, open_run
+from flm_scale.evals.show import describe
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.model.frozen_lm import FrozenLm, content_hash
 from flm_scale.parallel.processes import start_processes
@@ -97,6 +100,11 @@ def test_it_says_captions_and_ranks_them(trained: Path) -> None:
     # Every token of the caption, and nothing of the prompt.
     for sample in samples:
         assert "".join(token["piece"] for token in sample["tokens"]).replace("\u2581", " ").strip() == sample["truth"]
+    assert main(["report", str(trained)]) == 0
+    assert "a language model that never changes" in (trained / "report.html").read_text()
+    Image.new("RGB", (20, 16), "red").save(trained / "red.png")
+    assert main(["caption", str(trained), str(trained / "red.png")]) == 0
+    assert (trained / "samples/red.caption.png").is_file()
     evaluate(trained, task="retrieval", split="test")
     assert 0 <= json.loads((trained / "evals/retrieval.json").read_text())["image_to_text"]["R@1"] <= 1
 
@@ -119,6 +127,10 @@ def test_the_bridge_may_start_from_a_bert_and_says_what_became_of_it(train: Call
     ("drop", ["--text.bridge.reducer.kept", "2"]), ("none", [])])
 def test_every_reducer_trains(train: Callable[..., int], tmp_path: Path, reducer: str, more: list[str]) -> None:
     assert train(tmp_path / reducer, f"--text.bridge.reducer.kind={reducer}", *more) == 0
+
+
+def test_line_breaks_that_a_language_model_says_are_drawn_as_blanks() -> None:
+    assert describe(Caption("a red\n\ncircle\n", -0.5)) == "a red circle (-0.50)"
 
 
 def test_other_weights_under_the_same_name_are_refused(trained: Path, material: tuple[Path, Path], train: Callable[..., int], tmp_path: Path,

@@ -52,8 +52,8 @@ def read_file(path: Path) -> bytes:
 
 
 def describe(caption: Caption) -> str:
-    """Return the caption and its mean log-probability a token."""
-    return f"{caption.text} ({caption.score:.2f})"
+    """Return the caption, in one line whatever a language model says, and its mean log-probability a token."""
+    return f"{' '.join(caption.text.split())} ({caption.score:.2f})"
 
 
 def draw_caption(data: bytes, lines: list[str], path: Path) -> None:

@@ -38,6 +38,8 @@ EXPLANATIONS = {
           "baseline of Free Language Modeling, which also reads from the right and fills hidden spans from both sides.",
     "prefix_lm": "Prefix language modelling shows the beginning of a caption whole and predicts the rest from the left, beside the picture. It "
                  "is a baseline of Free Language Modeling, which predicts every token at every step.",
+    "captioning": "A bridge turns each picture into a few vectors in front of the caption, and a language model that never changes predicts the "
+                  "caption's tokens from the left. Only the bridge, and the tower where it is not frozen, learn.",
 }
 
 # Stand-ins that matplotlib draws with; `themed` turns them into the page's CSS colours.
