@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.config_vision import ConvNetConfig, OpenClipVisionConfig, SmallVisionConfig, Vision
 from flm_scale.errors import ConfigError
 from flm_scale.section import Section
 
@@ -62,47 +63,6 @@ class CaptioningConfig(Section):
     kind: Literal["captioning"] = "captioning"
     prompt: str = ""
     """Text between the picture and every caption, which is read and not predicted."""
-
-
-class VisionSection(Section):
-    """What every vision tower has."""
-
-    image_size: int = Field(224, ge=8)
-    """Side of the square picture, in pixels."""
-    trainable: bool = True
-    """False freezes the tower; the projection into the text width always trains."""
-    output: Literal["penultimate", "final"] = "penultimate"
-    """Which block's tokens the text looks at; the published FLM leaves the last block out."""
-
-
-class OpenClipVisionConfig(VisionSection):
-    """Any ViT that open_clip knows by name."""
-
-    kind: Literal["open_clip"] = "open_clip"
-    name: str = "ViT-B-32"
-    """open_clip's model name; `python -c 'import open_clip; print(open_clip.list_models())'` lists them."""
-    pretrained: str = ""
-    """A pretrained tag of open_clip (downloaded once) or a local weight file; empty starts from random."""
-
-
-class SmallVisionConfig(VisionSection):
-    """A ViT of any size, built from open_clip's blocks and always started from random."""
-
-    kind: Literal["vit"] = "vit"
-    patch_size: int = Field(8, ge=1)
-    width: int = Field(128, ge=1)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-
-    @model_validator(mode="after")
-    def _sizes_divide(self) -> Self:
-        if self.width % self.heads:
-            raise ConfigError(f"vision.width ({self.width}) must be a multiple of vision.heads ({self.heads}); change one of them")
-        if self.image_size % self.patch_size:
-            raise ConfigError(f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size ({self.patch_size})")
-        if self.output == "penultimate" and self.layers < 2:
-            raise ConfigError("vision.output 'penultimate' needs vision.layers (1) to be 2 or more; use 'final'")
-        return self
 
 
 class TextConfig(Section):
@@ -318,7 +278,6 @@ class LogConfig(Section):
 
 
 Objective = Annotated[FlmConfig | MlmConfig | ArConfig | PrefixLmConfig | CaptioningConfig, Field(discriminator="kind")]
-Vision = Annotated[OpenClipVisionConfig | SmallVisionConfig, Field(discriminator="kind")]
 
 
 def _kind_of_text(section: Any) -> str:  # noqa: ANN401 - what a file or a caller gives
@@ -358,8 +317,17 @@ class Run(Section):
             return self.text
         raise ConfigError(f"text.kind ('{self.text.kind}'): this is made for runs with a text transformer of their own (text.kind transformer)")
 
+    @property
+    def vit(self) -> OpenClipVisionConfig | SmallVisionConfig:
+        """The tower of a run with a text transformer of its own, which is a ViT. Raises ConfigError for another one."""
+        if not isinstance(self.vision, ConvNetConfig):
+            return self.vision
+        raise ConfigError(f"vision.kind ('{self.vision.kind}') goes with a frozen language model alone; choose open_clip or vit")
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if isinstance(self.text, TextConfig):
+            _ = self.vit
         if self.text.max_length > self.batch.text_tokens:
             raise ConfigError(f"batch.text_tokens ({self.batch.text_tokens}) must hold one caption of text.max_length "
                               f"({self.text.max_length}); raise the first or lower the second")

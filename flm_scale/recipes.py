@@ -11,15 +11,14 @@ from flm_scale.config import (
     FlmConfig,
     LogConfig,
     MlmConfig,
-    OpenClipVisionConfig,
     OptimConfig,
     ParallelConfig,
     PrefixLmConfig,
     Run,
-    SmallVisionConfig,
     TextConfig,
 )
 from flm_scale.config_lm import BridgeConfig, LanguageModelConfig, MergeConfig
+from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 
 
 def demo() -> Run:

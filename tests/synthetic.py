@@ -10,19 +10,9 @@ from torch import Tensor
 
 from flm_scale.batch import Batch, Example
 from flm_scale.checkpoint.store import begin, commit, write_rank
-from flm_scale.config import (
-    ArConfig,
-    BatchConfig,
-    CaptioningConfig,
-    FlmConfig,
-    MlmConfig,
-    OptimConfig,
-    PrefixLmConfig,
-    Run,
-    SmallVisionConfig,
-    TextConfig,
-)
+from flm_scale.config import ArConfig, BatchConfig, CaptioningConfig, FlmConfig, MlmConfig, OptimConfig, PrefixLmConfig, Run, TextConfig
 from flm_scale.config_lm import BridgeConfig, LanguageModelConfig, MergeConfig
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.data.pack import pack
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.parts import Piece

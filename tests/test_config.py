@@ -3,7 +3,8 @@
 import pytest
 
 from flm_scale.cli import main
-from flm_scale.config import BatchConfig, FlmConfig, MlmConfig, Run, SmallVisionConfig, TextConfig, micro_steps
+from flm_scale.config import BatchConfig, FlmConfig, MlmConfig, Run, TextConfig, micro_steps
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.errors import ConfigError
 from flm_scale.recipes import RECIPES
 from flm_scale.section import of_kinds

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from flm_scale.batch import Example
 from flm_scale.checkpoint.publish import export
-from flm_scale.config import OpenClipVisionConfig, Run
+from flm_scale.config import Run
+from flm_scale.config_vision import OpenClipVisionConfig
 from flm_scale.data.images import decode_image
 from flm_scale.data.pack import pack
 from flm_scale.data.shards import Dataset

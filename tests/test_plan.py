@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flm_scale.cli import main
-from flm_scale.config import BatchConfig, OpenClipVisionConfig, ParallelConfig, Run, TextConfig
+from flm_scale.config import BatchConfig, ParallelConfig, Run, TextConfig
+from flm_scale.config_vision import OpenClipVisionConfig
 from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import layer_builders
 from flm_scale.model.outline import outline

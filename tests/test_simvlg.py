@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,14 +19,15 @@ from flm_scale.evals.caption import Caption
 from flm_scale.evals.run import evaluate, open_run
 from flm_scale.evals.show import describe
 from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.model.convnet import ConvNetEntry
 from flm_scale.model.frozen_lm import FrozenLm, content_hash
 from flm_scale.parallel.processes import start_processes
 from tests.language import write_language_model
 from tests.test_train import lines_of
 
-SIZES = ["--vision.image-size", "16", "--vision.width", "32", "--vision.layers", "2", "--vision.heads", "2", "--text.max-length", "16",
-         "--text.bridge.width", "32", "--text.bridge.layers", "2", "--batch.text-tokens", "120",
-         "--batch.captions", "8", "--batch.images", "8", "--data.workers", "0", "--parallel.engine", "local", "--optim.warmup-steps", "2"]
+TOWER = ("--vision.image-size", "16", "--vision.width", "32", "--vision.layers", "2", "--vision.heads", "2")
+SIZES = ["--text.max-length", "16", "--text.bridge.width", "32", "--text.bridge.layers", "2", "--batch.text-tokens", "120", "--batch.captions", "8",
+         "--batch.images", "8", "--data.workers", "0", "--parallel.engine", "local", "--optim.warmup-steps", "2"]
 MERGES = ["--text.bridge.reducer.merged", "1", "--objective.prompt", "a picture of"]
 SAVES = ["--steps", "6", "--log.validate-every-steps", "3", "--log.save-every-steps", "3"]
 
@@ -43,8 +45,9 @@ def material(toy_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> 
 def train(material: tuple[Path, Path]) -> Callable[..., int]:
     data, model = material
 
-    def run(run_dir: Path, *more: str, name: Path = model) -> int:
-        return main(["train", "simvlg_demo", "--data.path", str(data), "--text.name", str(name), "--run-dir", str(run_dir), *SIZES, *SAVES, *more])
+    def run(run_dir: Path, *more: str, name: Path = model, tower: Sequence[str] = TOWER) -> int:
+        return main(["train", "simvlg_demo", "--data.path", str(data), "--text.name", str(name), "--run-dir", str(run_dir), *tower, *SIZES, *SAVES,
+                     *more])
 
     return run
 
@@ -165,3 +168,16 @@ def test_mistakes_are_one_line(trained: Path, material: tuple[Path, Path], train
     for words in (["eval", str(trained), "--task", "vqa"], ["plan", str(trained)], ["checkpoint", "export", str(trained), str(tmp_path / "x")]):
         assert main(words) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_frozen_convolutional_network_is_a_tower(train: Callable[..., int], tmp_path: Path) -> None:
+    network = timm.create_model("test_efficientnet")
+    save_file(network.state_dict(), file := tmp_path / "network.safetensors")
+    tower = ["--vision.kind", "convnet", "--vision.name", "test_efficientnet", "--vision.pretrained", str(file), "--vision.image-size", "96"]
+    assert train(tmp_path / "run", "--text.bridge.reducer.merged", "2", tower=tower) == 0
+    file.unlink()  # the run has its weights
+    tower_now = opened(tmp_path / "run").layers["vision_entry"]
+    assert isinstance(tower_now, ConvNetEntry)
+    assert all(torch.equal(weight, network.state_dict()[name]) for name, weight in tower_now.network.named_parameters())
+    evaluate(tmp_path / "run", task="caption", split="test")
+    assert (tmp_path / "run" / "evals" / "caption.json").is_file()

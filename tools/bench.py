@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from flm_scale.batch import State
-from flm_scale.config import ArConfig, BatchConfig, FlmConfig, MlmConfig, OpenClipVisionConfig, OptimConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config import ArConfig, BatchConfig, FlmConfig, MlmConfig, OptimConfig, Run, TextConfig
+from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.data.pack import pack, pad_example
 from flm_scale.engine.base import build_optimizer, keep_freed_memory, parameter_groups, score, total_loss
 from flm_scale.model.assemble import VisionLanguageModel, build_model

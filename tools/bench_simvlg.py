@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from flm_scale.config import BatchConfig, CaptioningConfig, Run, SmallVisionConfig
+from flm_scale.config import BatchConfig, CaptioningConfig, Run
 from flm_scale.config_lm import (
     BridgeConfig,
     DropConfig,
@@ -31,6 +31,7 @@ from flm_scale.config_lm import (
     Reducer,
     UnshuffleConfig,
 )
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.data.pack import pack
 from flm_scale.engine.base import keep_freed_memory
 from flm_scale.model.assemble import build_model

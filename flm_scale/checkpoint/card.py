@@ -76,7 +76,7 @@ def model_card(run_dir: Path, run: Run, checkpoint: Checkpoint, dataset: Dataset
     script = MLM_SCRIPT if run.objective.kind == "mlm" else CAPTION_SCRIPT
     return CARD.format(
         name=run.name, objective=run.objective.kind, millions=sum(map(prod, checkpoint.names().values())) / 1e6, steps=checkpoint.step,
-        all_steps=run.steps, vision=vision.name if vision.kind == "open_clip" else f"a ViT of {vision.layers} layers, width {vision.width}",
+        all_steps=run.steps, vision=f"a ViT of {vision.layers} layers, width {vision.width}" if vision.kind == "vit" else vision.name,
         image_size=vision.image_size, width=run.transformer.width, bottom=run.transformer.bottom_layers, fusion=run.transformer.fusion_layers,
         dataset=dataset.manifest.name, root=dataset.manifest.root, folder=out.name, script=script.format(folder=out.name),
         sources="".join(f" {source.package} {source.version} ({source.license})." for source in sources),

@@ -126,7 +126,7 @@ def write_configs(folder: Path, run: Run, dataset: Dataset, *, dtype: str) -> No
 
 def model_config(run: Run) -> dict[str, Any]:
     """Return the values of flm_scale.export.FlmScaleConfig."""
-    mean, std = colours(run.vision)
+    mean, std = colours(run.vit)
     text = run.transformer
     return {
         "architectures": ["FlmScaleForCausalLM"], "model_type": "flm_scale", "flm_scale_version": __version__,

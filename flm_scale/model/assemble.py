@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flm_scale.batch import State
-from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config import Run, TextConfig
 from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.config_vision import ConvNetConfig, OpenClipVisionConfig, SmallVisionConfig, Vision
 from flm_scale.errors import CheckpointError
 from flm_scale.model.bridge import bridge_layers, tokens_along
+from flm_scale.model.convnet import build_convnet, convnet_shape
 from flm_scale.model.frozen_lm import FrozenLm, content_hash, language_shape, open_frozen
 from flm_scale.model.parts import Parts, PlainParts, fill, generator_of, shard_of, whole_shape
 from flm_scale.model.pretrained import Account, PretrainedEncoder
@@ -127,7 +129,8 @@ def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrai
     text = run.text
     assert pretrained_text or not (downloads and pretrained_name(run)), "a run that names weights must not start from random"
     text_width = text.width if isinstance(text, TextConfig) else text.bridge.width
-    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=text_width, parts=parts, load_pretrained=downloads))
+    tower = lru_cache(maxsize=1)(lambda: build_vision(run.vision, text_width=text_width, parts=parts, load_pretrained=downloads)
+                                 if not isinstance(run.vision, ConvNetConfig) else [build_convnet(run.vision, parts, load_pretrained=downloads)])
     names = vision_names(run)
     behind = text_builders(text, objective, parts) if isinstance(text, TextConfig) else language_builders(run, text, objective, language_model)
     builders = {name: partial(lambda place: tower()[place], place) for place, name in enumerate(names)} | behind
@@ -155,8 +158,11 @@ def vision_names(run: Run) -> list[str]:
     return ["vision_entry", *(f"vision_{i}" for i in range(tower_sizes(run.vision)["layers"] - (run.vision.output == "penultimate"))), *leave]
 
 
-def tower_sizes(config: OpenClipVisionConfig | SmallVisionConfig) -> dict[str, Any]:
-    """Return width, layers, patch_size, prefix_tokens and image_tokens (I, the prefix counted) of any tower."""
+def tower_sizes(config: Vision) -> dict[str, Any]:
+    """Return width, layers, prefix_tokens and image_tokens (I, the prefix counted) of any tower."""
+    if isinstance(config, ConvNetConfig):
+        shape = convnet_shape(config)
+        return {"width": shape.width, "layers": 0, "prefix_tokens": 0, "image_tokens": shape.image_tokens}
     sizes = {"prefix_tokens": 1} | config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes(config.name)
     return sizes | {"image_tokens": sizes["prefix_tokens"] + (config.image_size // sizes["patch_size"]) ** 2}
 
@@ -178,7 +184,7 @@ def is_pretrained(run: Run, name: str) -> bool:
     The token table does as a whole, although tokens that the file cannot spell start from random: one table has one rate.
     """
     if name.startswith("vision_"):
-        return isinstance(run.vision, OpenClipVisionConfig) and bool(run.vision.pretrained) and not FRESH_VISION.search(name)
+        return not isinstance(run.vision, SmallVisionConfig) and bool(run.vision.pretrained) and not FRESH_VISION.search(name)
     own_name = TIED_WITH.get(name, name) if is_tied(run) else name
     return bool(pretrained_name(run)) and PRETRAINED_TEXT.match(own_name) is not None
 

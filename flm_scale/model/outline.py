@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
+from flm_scale.config import Run
+from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.model.assemble import layer_builders, text_builders, tie
 from flm_scale.model.parts import Decoder, PlainParts, Shard
 from flm_scale.model.vision import Tower, build_vision, tower_layers
@@ -88,9 +89,9 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _vision(run: Run, parts: ShapeParts) -> list[nn.Module]:
-    sizes, text_width = _tower_sizes(run.vision), run.transformer.width
+    sizes, text_width = _tower_sizes(run.vit), run.transformer.width
     if sizes is None or run.vision.image_size % sizes["patch_size"]:  # build_vision says what is wrong
-        return build_vision(run.vision, text_width=text_width, parts=parts, load_pretrained=False)
+        return build_vision(run.vit, text_width=text_width, parts=parts, load_pretrained=False)
     width, patch_size = sizes["width"], sizes["patch_size"]
     normed_behind_pooling = sizes.get("attentional_pool") or sizes.get("final_ln_after_pool")
     tower = Tower(
@@ -100,7 +101,7 @@ def _vision(run: Run, parts: ShapeParts) -> list[nn.Module]:
         # torch's own block has the same weights.
         blocks=[nn.TransformerEncoderLayer(width, nhead=1, dim_feedforward=int(width * sizes.get("mlp_ratio", 4.0))) for _ in range(sizes["layers"])],
         last_norm=None if normed_behind_pooling else nn.LayerNorm(width), rope=None)
-    return tower_layers(tower, run.vision, parts, text_width=text_width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return tower_layers(tower, run.vit, parts, text_width=text_width, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def _tower_sizes(config: OpenClipVisionConfig | SmallVisionConfig) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The vision tower, cut into entries of the layer list. The one door to open_clip and to timm inside it, whose blocks it uses as they are.
+"""The vision tower, cut into entries of the layer list. The one door to open_clip and the timm inside it, whose blocks it uses as they are.
 
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flm_scale.batch import State
-from flm_scale.config import OpenClipVisionConfig, SmallVisionConfig
+from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.model.pretrained import Account, Fate

@@ -12,9 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 from flm_scale.batch import State
-from flm_scale.config import OpenClipVisionConfig, Run, SmallVisionConfig
+from flm_scale.config import Run
 from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.config_vision import ConvNetConfig, OpenClipVisionConfig, SmallVisionConfig, Vision
 from flm_scale.model.bridge import tokens_along
+from flm_scale.model.convnet import convnet_shape
 from flm_scale.model.frozen_lm import language_shape
 from flm_scale.model.reducers import build_reducer
 from flm_scale.model.vision import named_sizes
@@ -33,6 +35,8 @@ class VisionShape:
     """Elements of a block's matrices; 12 * width**2 where the MLP has two of four times the width."""
     prefix_tokens: int = 1
     """Tokens before the patches: the class token, or none as in SigLIP."""
+    convolutions: float = 0
+    """FLOPs of a network that has no blocks, for one picture."""
 
     @property
     def image_tokens(self) -> int:
@@ -48,8 +52,12 @@ def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: 
                        sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1))
 
 
-def shape_of(config: OpenClipVisionConfig | SmallVisionConfig) -> VisionShape:
-    """Return the sizes of any tower; open_clip is asked for those of one that the config only names."""
+def shape_of(config: Vision) -> VisionShape:
+    """Return the sizes of any tower; open_clip or timm is asked for those of one that the config only names."""
+    if isinstance(config, ConvNetConfig):
+        shape = convnet_shape(config)
+        side = math.isqrt(shape.image_tokens)
+        return VisionShape(shape.width, 0, config.image_size // side, config.image_size, 0, prefix_tokens=0, convolutions=shape.flops)
     return vision_shape(config, None if isinstance(config, SmallVisionConfig) else named_sizes(config.name))
 
 
@@ -119,6 +127,8 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 
 def vision_flops(vision: VisionShape) -> float:
     """Return the forward FLOPs of the tower for one image: patches, then blocks."""
+    if vision.convolutions:
+        return vision.convolutions
     d, tokens = vision.width, vision.image_tokens
     block = 2 * vision.block_weights * tokens + 4 * d * tokens ** 2
     return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - vision.prefix_tokens)

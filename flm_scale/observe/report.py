@@ -122,7 +122,7 @@ def read_samples(run_dir: Path) -> list[dict[str, Any]]:
 def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
     """Return the header's list of (what, value). A line of the metrics may carry the number of 'parameters'."""
     vision, text, batch, optim = run.vision, run.text, run.batch, run.optim
-    tower = vision.name if vision.kind == "open_clip" else f"ViT, width {vision.width}, {vision.layers} layers, patch {vision.patch_size}"
+    tower = f"ViT, width {vision.width}, {vision.layers} layers, patch {vision.patch_size}" if vision.kind == "vit" else vision.name
     if isinstance(text, LanguageModelConfig):
         reads = f"{text.name} · frozen · behind a bridge of width {text.bridge.width}, {text.bridge.layers} layers, {text.bridge.reducer.kind}"
     else:

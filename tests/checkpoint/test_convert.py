@@ -17,7 +17,8 @@ from flm_scale.checkpoint import store
 from flm_scale.checkpoint.convert import rank_pieces, reshard
 from flm_scale.checkpoint.store import begin, commit, last_good, open_checkpoint, write_rank
 from flm_scale.cli import main
-from flm_scale.config import Run, SmallVisionConfig
+from flm_scale.config import Run
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.data.shards import Dataset
 from flm_scale.engine.local import LocalEngine
 from flm_scale.errors import CheckpointError, ConfigError

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from flm_scale.config import BatchConfig, ParallelConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config import BatchConfig, ParallelConfig, Run, TextConfig
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.train import build_engine
 from tests.distributed.worker import close_groups
 from tests.synthetic import objective_of, random_batch, tiny_run

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from flm_scale.config import OptimConfig, SmallVisionConfig
+from flm_scale.config import OptimConfig
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.engine.base import lr_factor, parameter_groups
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.assemble import build_model

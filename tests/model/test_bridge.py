@@ -10,8 +10,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from flm_scale.batch import State
-from flm_scale.config import SmallVisionConfig
 from flm_scale.config_lm import BridgeConfig, DropConfig, MergeConfig, NoReducerConfig, PoolConfig, UnshuffleConfig
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.data.pack import pack
 from flm_scale.errors import ConfigError
 from flm_scale.model import bridge

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flm_scale.cli import main
-from flm_scale.config import OpenClipVisionConfig, Run, TextConfig
+from flm_scale.config import Run, TextConfig
+from flm_scale.config_vision import OpenClipVisionConfig
 from flm_scale.data.shards import Dataset
 from flm_scale.data.tokens import Tokenizer, train_tokenizer
 from flm_scale.errors import CheckpointError, ConfigError

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flm_scale.batch import State
-from flm_scale.config import OpenClipVisionConfig
+from flm_scale.config_vision import OpenClipVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.assemble import build_model
 from flm_scale.model.vision import build_vision, colours, named_sizes

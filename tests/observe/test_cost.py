@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from flm_scale.batch import State
-from flm_scale.config import ArConfig, FlmConfig, MlmConfig, OpenClipVisionConfig, Run, SmallVisionConfig, TextConfig
+from flm_scale.config import ArConfig, FlmConfig, MlmConfig, Run, TextConfig
 from flm_scale.config_lm import MergeConfig, NoReducerConfig, PoolConfig, UnshuffleConfig
+from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.data.pack import pack
 from flm_scale.model.assemble import build_model
 from flm_scale.model.vision import build_vision, named_sizes

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from flm_scale.batch import State
-from flm_scale.config import Run, SmallVisionConfig, TextConfig
+from flm_scale.config import Run, TextConfig
+from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.model.assemble import build_model
 from flm_scale.model.parts import TARGETS_PER_CHUNK
 from flm_scale.observe.cost import BatchShapes, vision_shape
