@@ -341,6 +341,11 @@ class Run(Section):
         if isinstance(self.text, LanguageModelConfig) != isinstance(self.objective, CaptioningConfig):
             raise ConfigError(f"objective.kind ('{self.objective.kind}') does not go with text.kind ('{self.text.kind}'): 'captioning' is the "
                               "objective of a frozen language model ('language_model') alone; begin with a recipe that has both")
+        if any(self.vision.merged) and isinstance(self.text, LanguageModelConfig):
+            raise ConfigError(f"vision.merged ({self.vision.merged}) does not go with a frozen language model, whose bridge knows rows by place; "
+                              "leave it out and merge in the bridge (text.bridge.reducer)")
+        if any(self.vision.merged) and (self.parallel.pipe > 1 or (self.parallel.tensor > 1 and self.parallel.vision == "shard_batch")):
+            raise ConfigError(f"vision.merged ({self.vision.merged}) needs parallel.pipe 1 and, with parallel.tensor, parallel.vision 'replicated'")
         views = self.objective.passes if isinstance(self.objective, MlmConfig) else 1
         if views * self.text.max_length > self.batch.text_tokens or views > self.batch.captions:
             raise ConfigError(f"objective.passes ({views}) times text.max_length ({self.text.max_length}) must fit into batch.text_tokens "

@@ -17,6 +17,8 @@ class VisionSection(Section):
     """False freezes the tower; the projection into the text width always trains."""
     output: Literal["penultimate", "final"] = "penultimate"
     """Which block's tokens the text looks at; the published FLM leaves the last block out."""
+    merged: tuple[Annotated[int, Field(ge=0)], ...] = Field((), strict=False)  # JSON has lists alone
+    """Rows of a picture that merge behind each block, or one number for all blocks; none, or 0, leaves every row (docs/simvlg.md)."""
 
 
 class OpenClipVisionConfig(VisionSection):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -156,7 +156,7 @@ def open_model(run: Run) -> Model:
     entry = cast("VisionEntry", layers["vision_entry"])
     return Model(layers, VisionShape(
         width=entry.patches.out_channels, layers_run=sum(name.startswith("vision_") for name in layers) - 2, patch_size=entry.patches.kernel_size[0],
-        image_size=run.vision.image_size, prefix_tokens=int(entry.class_embedding is not None),
+        image_size=run.vision.image_size, prefix_tokens=int(entry.class_embedding is not None), merged=run.vision.merged,
         block_weights=sum(weight.numel() for weight in layers["vision_0"].parameters() if weight.ndim == 2)))
 
 
@@ -219,10 +219,12 @@ def variants(run: Run, machine: Machine) -> Iterator[Run]:
     """Yield the run under every layout worth a look: tensor groups within a node, up to 16 stages, ZeRO 1 to 3, recomputing or not."""
     powers = [2 ** i for i in range(11)]
     tensors = [tensor for tensor in powers if machine.gpus_per_node % tensor == 0 and run.transformer.heads % tensor == 0]
-    for tensor, pipe, zero, recompute in product(tensors, powers[:5], (1, 2, 3), (False, True)):
+    merges = any(run.vision.merged)
+    for tensor, pipe, zero, recompute in product(tensors, powers[: 1 if merges else 5], (1, 2, 3), (False, True)):
         if machine.size % (tensor * pipe) == 0 and (pipe == 1 or zero == 1):
+            vision: Literal["replicated", "shard_batch"] = "shard_batch" if tensor > 1 and not merges else "replicated"
             yield run.replace(recompute=recompute, parallel=run.parallel.replace(
-                engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero, vision="shard_batch" if tensor > 1 else "replicated", template=""))
+                engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero, vision=vision, template=""))
 
 
 def cheapest(run: Run, machine: Machine) -> list[Estimate]:

@@ -173,6 +173,17 @@ def test_layouts_are_quick_ones_first_and_all_fit_where_any_does() -> None:
     assert not any(one.fits for one in cheapest(run, Machine(gpus_per_node=1)))
 
 
+def test_a_tower_that_merges_is_planned_on_layouts_that_it_runs_on_and_is_quicker_and_smaller() -> None:
+    run, machine = RECIPES["flm_base"](), Machine()
+    merging = run.replace(vision=run.vision.replace(merged=(4,)))
+    found = cheapest(merging, machine)
+    assert {(one.layout.pipe, one.run.parallel.vision) for one in found} == {(1, "replicated")}
+    assert {one.layout.tensor for one in found} == {1, 2, 4}
+    plain, less = own_estimate(run, machine), own_estimate(merging, machine)
+    assert less.seconds < 0.9 * plain.seconds
+    assert less.largest.activations < 0.9 * plain.largest.activations
+
+
 @pytest.mark.slow
 def test_plans_are_printed_in_seconds_without_open_clip() -> None:
     code = ("import sys; from flm_scale.cli import main; assert main(['plan', 'flm_10b', '--nodes', '8']) == 0; "

@@ -6,6 +6,7 @@ disturbs them alike; ratios are medians over rounds of paired times. A micro-ste
 how many micro-steps it follows, is timed apart.
 
     python -m tools.bench [--sizes demo b32-224 b32-288] [--pairs 32] [--rounds 3]
+    python -m tools.bench --sizes b16-224 --merged 8 16 --pairs 4 --rounds 7        # packed FLM alone, with rows merged in its vision tower
 """
 
 import gc
@@ -13,6 +14,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,13 +61,18 @@ class Variant:
         return time.perf_counter() - started
 
 
-def main(sizes: list[Literal["demo", "b32-224", "b32-288"]] = ["demo", "b32-224", "b32-288"], *, pairs: int = 32, rounds: int = 3) -> None:  # noqa: B006
-    """Print the tables. pairs: captions, each with its image, in a micro-step of the published sizes; the demo's has 64."""
+def main(sizes: list[Literal["demo", "b32-224", "b32-288", "b16-224"]] = ["demo", "b32-224", "b32-288"], *,  # noqa: B006
+         pairs: int = 32, rounds: int = 3, merged: tuple[int, ...] = ()) -> None:
+    """Print the tables. pairs: captions, each with its image, in a micro-step of the published sizes; the demo's has 64.
+
+    merged: values of vision.merged that packed FLM is timed with, instead of other objectives and layouts.
+    """
     keep_freed_memory()  # as the engines do
     CONSOLE.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, "
                   f"{time.strftime('%Y-%m-%d')}; {rounds} rounds")
     for size in sizes:
-        variants = build_variants(size, pairs=64 if size == "demo" else pairs)
+        names = ("FLM packed", *(f"FLM packed, {some} merged" for some in merged)) if merged else VARIANTS
+        variants = build_variants(size, names, pairs=64 if size == "demo" else pairs)
         seconds = interleave(variants, rounds=rounds)
         print_costs(size, variants, seconds)
         print_shares(size, variants[0])
@@ -78,12 +85,12 @@ def run_of(size: str, objective: FlmConfig | MlmConfig | ArConfig) -> Run:
     if size == "demo":
         return demo().replace(objective=objective)
     return Run(name=size, objective=objective, text=TextConfig(norm="post"), optim=OptimConfig(lr=4e-4), steps=30_000,
-               vision=OpenClipVisionConfig(name="ViT-B-32", image_size=int(size.removeprefix("b32-"))),
+               vision=OpenClipVisionConfig(name=f"ViT-B-{size[1:3]}", image_size=int(size.split("-")[1])),
                batch=BatchConfig(text_tokens=4096, captions=64, images=64))
 
 
-def build_variants(size: str, *, pairs: int) -> list[Variant]:
-    """Return the variants; both layouts of FLM share one model and the same captions, spans and pictures."""
+def build_variants(size: str, names: Sequence[str], *, pairs: int) -> list[Variant]:
+    """Return the variants of these names; both layouts of FLM share one model and the same captions, spans and pictures."""
     rng = np.random.default_rng(0)
     longest = run_of(size, FlmConfig()).text.max_length
     share, mean, deviation = (np.array(column, float) for column in zip(*MIX, strict=True))
@@ -93,13 +100,15 @@ def build_variants(size: str, *, pairs: int) -> list[Variant]:
     lengths = np.quantile(sample, (np.arange(pairs) + 0.5) / pairs).round().astype(int)
     CONSOLE.print(f"\n[bold]{size}[/bold]: {pairs} pairs, {lengths.mean():.1f} content tokens a caption on average")
     variants, models = [], dict[str, tuple[VisionLanguageModel, Objective]]()
-    for name in VARIANTS:
+    for name in names:
         config = {"FLM": FlmConfig(corruption_rate=0.3), "MLM": MlmConfig(mask_rate=0.4), "AR": ArConfig()}[name.split()[0]]
         run = run_of(size, config)
-        if config.kind not in models:
+        if "merged" in name:
+            run = run.replace(vision=run.vision.replace(merged=(int(name.split()[-2]),)))
+        if (key := f"{config.kind} {run.vision.merged}") not in models:
             objective = build_objective(config, mask_id=MASK_ID)
-            models[config.kind] = build_model(run, objective), objective
-        model, objective = models[config.kind]
+            models[key] = build_model(run, objective), objective
+        model, objective = models[key]
         draw = np.random.default_rng(1)
         vocabulary = run.text.vocab_size
         captions = [np.concatenate([[1], draw.integers(5, vocabulary, length), [2]]).astype(np.int32) for length in lengths]

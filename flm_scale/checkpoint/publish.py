@@ -28,7 +28,7 @@ from flm_scale.checkpoint.weights import checkpoint_at
 from flm_scale.config import Run
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import SPECIAL_PIECES, Tokenizer
-from flm_scale.errors import CheckpointError
+from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.vision import colours
 
 SHARD_BYTES = 5 * 10**9
@@ -41,12 +41,14 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     """Write the folder `out`, whole or not at all. step: of the checkpoint; by default the latest good one's.
 
     Raises CheckpointError when there is no such checkpoint, when `out` holds something or the disk refuses; DataError when the run's dataset,
-    of which the tokenizer is part, is not there.
+    of which the tokenizer is part, is not there; ConfigError when the tower merges rows.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out}: is there already; name a new folder, or remove it")
     checkpoint = checkpoint_at(run_dir, step)
     run = Run.model_validate_json(checkpoint.run_json)
+    if any(run.vision.merged):
+        raise ConfigError(f"vision.merged ({run.vision.merged}): the exported code merges no rows; evaluate the run itself (flm eval, flm caption)")
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     print(f"exports {checkpoint.folder}", flush=True)
     part = out.with_name(f".{out.name}.part")
@@ -136,7 +138,7 @@ def model_config(run: Run) -> dict[str, Any]:
         "hidden_size": text.width, "num_attention_heads": text.heads, "max_position_embeddings": text.max_length,
         "bottom_layers": text.bottom_layers, "fusion_layers": text.fusion_layers,
         "reconstructor_bottom_layers": text.reconstructor_bottom_layers, "reconstructor_fusion_layers": text.reconstructor_fusion_layers,
-        "vision": run.vision.model_dump(exclude={"trainable", "pretrained"}), "image_mean": list(mean), "image_std": list(std)}
+        "vision": run.vision.model_dump(exclude={"trainable", "pretrained", "merged"}), "image_mean": list(mean), "image_std": list(std)}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, max_length: int) -> None:

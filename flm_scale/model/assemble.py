@@ -78,7 +78,10 @@ class VisionLanguageModel(nn.Module):
         return self._run(state, finish)
 
     def _run(self, state: State, finish: Callable[[State], Tensor]) -> Tensor:
-        """Return what `finish`, which runs where the head is, makes of the state behind the trunk. Layers change a state's rows alone."""
+        """Return what `finish`, which runs where the head is, makes of the state behind the trunk.
+
+        Layers change a state's rows alone; those that merge rows change its sizes too, and no stage cuts them.
+        """
         def turn(rows: Tensor) -> Tensor:
             trunk = (layer for name, layer in self.layers.items() if name != "head")
             end = run_layers(trunk, state._replace(rows=rows), recompute=self.recompute)

@@ -10,14 +10,14 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from flm_scale.batch import State
 from flm_scale.config_lm import BridgeConfig, MergeConfig
 from flm_scale.model.layers import Mlp, SelfAttention
 from flm_scale.model.parts import PlainParts
-from flm_scale.model.reducers import Reducer, build_reducer, log_sizes, match, merge
+from flm_scale.model.reducers import Reducer, build_reducer, count_patches, log_sizes, match, merge_decided
 
 
 class BridgeEntry(nn.Module):
@@ -39,10 +39,7 @@ class BridgeEntry(nn.Module):
         images = self.reducer.enter(self.tower_norm(state.rows).unflatten(0, (-1, self.image_tokens)))
         rows = self.norm(self.projection(images) + self.positional_embedding + self.kind_embedding)
         state = state._replace(rows=rows.flatten(0, 1))
-        if not self.merges:
-            return state
-        sizes = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
-        return state._replace(sizes=sizes, merge_slots=sizes[:, :0])
+        return count_patches(state, num_tokens=rows.shape[1]) if self.merges else state
 
 
 class BridgeAttention(nn.Module):
@@ -79,12 +76,8 @@ class BridgeMlp(nn.Module):
 
     def forward(self, state: State) -> State:
         """Image rows [N*num_tokens, D] in, [N*(num_tokens - merged), D] out."""
-        rows: Tensor = state.rows
-        if self.merged:
-            images, sizes = merge(rows.unflatten(0, (-1, self.num_tokens)), state.sizes, state.merge_slots,
-                                  num_tokens=self.num_tokens - self.merged, weighted=self.weighted)
-            rows, state = images.flatten(0, 1), state._replace(sizes=sizes, merge_slots=state.merge_slots[:, :0])
-        return state._replace(rows=self.mlp_norm(rows + self.mlp(rows)))
+        state = merge_decided(state, num_tokens=self.num_tokens, merged_tokens=self.num_tokens - self.merged, weighted=self.weighted)
+        return state._replace(rows=self.mlp_norm(state.rows + self.mlp(state.rows)))
 
 
 class BridgeExit(nn.Module):

@@ -44,7 +44,7 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
         raise ConfigError("objective.kind ('mlm') has no stream that reads from the left, so it cannot say a caption; use flm, ar or prefix_lm")
     if "head" in model.layers and isinstance(head := model.layers["head"], FrozenLm):
         assert isinstance(objective, Captioning), "the objective of a frozen language model"
-        said = head.generate(encode_images(model, pixels), prompt_ids=[bos_id, *objective.prompt.tolist()], eos_id=eos_id,
+        said = head.generate(encode_images(model, pixels).rows, prompt_ids=[bos_id, *objective.prompt.tolist()], eos_id=eos_id,
                              max_length=max_length + objective.num_added, beams=beams)
         return [Generated(ids, score) for ids, score in said]
     num_images, device = len(pixels), pixels.device
@@ -80,24 +80,39 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
     return best
 
 
-def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> Float[Tensor, "N I D"]:
-    """Return the image rows that the text looks at, or that stand in front of it."""
+class EncodedImages(NamedTuple):
+    """What the text looks at, or what stands in front of it."""
+
+    rows: Float[Tensor, "N I D"]
+    sizes: Int[Tensor, "N I_or_0"]
+    """As of State."""
+
+
+def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> EncodedImages:
+    """Run the tower, and the bridge where there is one."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)
-    state = State(pixels, *[nothing] * (len(State._fields) - 1))._replace(image_slots=nothing.new_empty(len(pixels), 0))
+    none = nothing.new_empty(len(pixels), 0)
+    state = State(pixels, *[nothing] * (len(State._fields) - 1))._replace(image_slots=none, sizes=none, merge_slots=none)
     tower = [layer for name, layer in model.layers.items() if name.startswith(("vision_", "bridge_"))]
-    rows = model.relay(pixels, lambda rows: run_layers(tower, state._replace(rows=rows), recompute=False).rows)
-    images: Tensor = rows.unflatten(0, (len(pixels), -1))
-    return images
+    sizes = none
+
+    def turn(rows: Tensor) -> Tensor:
+        nonlocal sizes  # where stages are cut nothing merges, so each of them has the right ones
+        end = run_layers(tower, state._replace(rows=rows), recompute=False)
+        sizes = end.sizes
+        return end.rows
+
+    rows = model.relay(pixels, turn)
+    return EncodedImages(rows.unflatten(0, (len(pixels), -1)), sizes)
 
 
 class CachedDecoder:
     """The forward stream of N pictures times B beams, one position a step."""
 
-    def __init__(self, model: VisionLanguageModel, images: Float[Tensor, "N I D"], *, beams: int) -> None:
-        """images: rows of `encode_images`."""
-        self.model, self.beams, self.position = model, beams, 0
-        self.no_rows = images.new_empty(0, images.shape[-1])
-        self.images = {name: layer.streams.image_attention.keys_values(images) for name, layer in model.layers.items()
+    def __init__(self, model: VisionLanguageModel, images: EncodedImages, *, beams: int) -> None:
+        self.model, self.beams, self.position, self.sizes = model, beams, 0, images.sizes
+        self.no_rows = images.rows.new_empty(0, images.rows.shape[-1])
+        self.images = {name: layer.streams.image_attention.keys_values(images.rows) for name, layer in model.layers.items()
                        if isinstance(layer, TextLayer) and layer.streams.image_attention is not None}
         self.past: dict[str, tuple[Tensor, Tensor]] = {}
         """Keys and values [N*B, positions, H, d] of each layer of this process's stage."""
@@ -141,7 +156,7 @@ class CachedDecoder:
             def look_at_image(x: Tensor) -> Tensor:
                 # The beams of a picture are one block of queries.
                 q = look.query(x).unflatten(0, (-1, self.beams)).unflatten(-1, (look.local_heads, look.head_size))
-                out: Tensor = look.out(attend(q, *self.images[name]).flatten(0, 1))
+                out: Tensor = look.out(look.attend(q, *self.images[name], self.sizes).flatten(0, 1))
                 return out
 
             rows = add_residual(rows, layer.image_norm, look_at_image, order=layer.order)

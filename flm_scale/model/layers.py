@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from flm_scale.model.parts import Parts
+from flm_scale.model.reducers import log_sizes
 
 
 def gather_view(rows: Float[Tensor, "S T F"], slots: Int[Tensor, "A B"]) -> Float[Tensor, "S A B F"]:
@@ -27,9 +28,9 @@ def leave_view(view: Float[Tensor, "S A B F"], places: Int[Tensor, " T"]) -> Flo
 
 
 def attend(q: Float[Tensor, "B Lq H d"], k: Float[Tensor, "B Lk H d"], v: Float[Tensor, "B Lk H d"],
-           visible: Bool[Tensor, "B Lq Lk"] | None = None) -> Float[Tensor, "B Lq H*d"]:
-    """Scaled dot-product attention; what `visible` does not name is as if it were not there."""
-    mask = None if visible is None else visible[:, None]
+           visible: Bool[Tensor, "B Lq Lk"] | None = None, *, bias: Float[Tensor, "B 1 1 Lk"] | None = None) -> Float[Tensor, "B Lq H*d"]:
+    """Scaled dot-product attention; what `visible` does not name is as if it were not there. bias: instead of it, added to the logits of keys."""
+    mask = bias if visible is None else visible[:, None]
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
@@ -97,13 +98,18 @@ class ImageAttention(nn.Module):
         keys, values = self.key_value(images).unflatten(-1, (self.local_heads, 2, self.head_size)).unbind(-2)
         return keys, values
 
-    def forward(self, rows: Float[Tensor, "S T D"], images: Float[Tensor, "N I D"], slots: Int[Tensor, "N M"],
-                places: Int[Tensor, " T"]) -> Float[Tensor, "S T D"]:
+    def attend(self, q: Float[Tensor, "N Lq H d"], keys: Float[Tensor, "N I H d"], values: Float[Tensor, "N I H d"],
+               sizes: Int[Tensor, "N I_or_0"]) -> Float[Tensor, "N Lq H*d"]:
+        """Return what the queries of each image see of it. sizes: of State; a row is seen as often as it stands for patches."""
+        return attend(q, keys, values, bias=log_sizes(sizes).to(q.dtype) if sizes.shape[1] else None)
+
+    def forward(self, rows: Float[Tensor, "S T D"], images: Float[Tensor, "N I D"], slots: Int[Tensor, "N M"], places: Int[Tensor, " T"],
+                sizes: Int[Tensor, "N I_or_0"]) -> Float[Tensor, "S T D"]:
         """Text rows do not see each other here, so all rows of an image form one block of queries and need no mask."""
         streams = len(rows)
         q = gather_view(self.query(rows), slots).transpose(0, 1).flatten(1, 2)
         keys, values = self.keys_values(images)
-        mixed = attend(q.unflatten(-1, (self.local_heads, self.head_size)), keys, values)
+        mixed = self.attend(q.unflatten(-1, (self.local_heads, self.head_size)), keys, values, sizes)
         out: Tensor = self.out(leave_view(mixed.unflatten(1, (streams, -1)).transpose(0, 1), places))
         return out
 

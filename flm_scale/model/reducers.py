@@ -1,4 +1,4 @@
-"""Fewer image rows: in front of a transformer (pool, unshuffle, drop) or layer by layer inside it (merge). Pure functions of tensors.
+"""Fewer image rows: in front of a transformer (pool, unshuffle, drop) or layer by layer inside it (merge). Pure functions.
 
 Prefix tokens (class token, registers) are protected: they stay what they are and stand first, at any depth. How many rows there are
 behind each layer is known before any picture is.
@@ -9,6 +9,7 @@ look may choose the other, and gradients would go to the wrong rows without a wo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from flm_scale.batch import State
 from flm_scale.config_lm import DropConfig, MergeConfig, NoReducerConfig, PoolConfig, UnshuffleConfig
 from flm_scale.errors import ConfigError
 from flm_scale.model.parts import generator_of
@@ -62,6 +64,20 @@ def merge(rows: Float[Tensor, "N I D"], sizes: Int[Tensor, "N I"], slots: Int[Te
     return weights.to(rows.dtype) @ rows, member_sizes.sum(-1)
 
 
+def count_patches(state: State, *, num_tokens: int) -> State:
+    """Return the state in front of any merge: each of its `num_tokens` rows an image stands for one patch."""
+    sizes = torch.ones(len(state.rows) // num_tokens, num_tokens, dtype=torch.long, device=state.rows.device)
+    return state._replace(sizes=sizes, merge_slots=sizes[:, :0])
+
+
+def merge_decided(state: State, *, num_tokens: int, merged_tokens: int, weighted: bool = True) -> State:
+    """Return the state of image rows [N*num_tokens, D] with `merged_tokens` an image, merged as the entry before has decided."""
+    if merged_tokens == num_tokens:
+        return state
+    images, sizes = merge(state.rows.unflatten(0, (-1, num_tokens)), state.sizes, state.merge_slots, num_tokens=merged_tokens, weighted=weighted)
+    return state._replace(rows=images.flatten(0, 1), sizes=sizes, merge_slots=state.merge_slots[:, :0])
+
+
 def log_sizes(sizes: Int[Tensor, "N I"]) -> Float[Tensor, "N 1 1 I"]:
     """Return what is added to the logits of keys so that a row is attended to as all its patches would be; padding is not seen at all."""
     return sizes.float().log()[:, None, None]
@@ -70,6 +86,20 @@ def log_sizes(sizes: Int[Tensor, "N I"]) -> Float[Tensor, "N 1 1 I"]:
 def most_merged(num_tokens: int, *, protected: int) -> int:
     """Return how many of so many rows can go in one layer: half of those that are not protected."""
     return (num_tokens - protected) // 2
+
+
+def merge_schedule(merged: Sequence[int], num_tokens: int, num_layers: int, *, protected: int, option: str) -> tuple[int, ...]:
+    """Return the rows of an image in front of the first layer, and behind each: 257, 238, ..., 48, 29 for 257 rows, 12 layers and 19 a layer.
+
+    merged: rows that go in each layer, or one number for all of them; no more go than can.   option: where the user wrote it.
+    Raises ConfigError when there are other layers than numbers.
+    """
+    if len(merged) not in {1, num_layers}:
+        raise ConfigError(f"{option} ({len(merged)} numbers) must be one number, or one for each of {num_layers} layers")
+    tokens = [num_tokens]
+    for some in [*merged] * (num_layers if len(merged) == 1 else 1):
+        tokens.append(tokens[-1] - min(some, most_merged(tokens[-1], protected=protected)))
+    return tuple(tokens)
 
 
 @runtime_checkable
@@ -99,13 +129,8 @@ class Merge:
     width_factor = 1
 
     def schedule(self, num_tokens: int, num_layers: int) -> tuple[int, ...]:
-        """Return 257, 238, ..., 48, 29 for 257 rows, 12 layers and 19 a layer."""
-        tokens = [num_tokens]
-        for merged in self.merged * (num_layers if len(self.merged) == 1 else 1):
-            tokens.append(tokens[-1] - min(merged, most_merged(tokens[-1], protected=self.protected)))
-        if len(tokens) != num_layers + 1:
-            raise ConfigError(f"reducer.merged ({len(self.merged)} numbers) must be one number, or one for each of {num_layers} layers")
-        return tuple(tokens)
+        """Return fewer with each layer."""
+        return merge_schedule(self.merged, num_tokens, num_layers, protected=self.protected, option="reducer.merged")
 
     def enter(self, rows: Float[Tensor, "N I D"]) -> Float[Tensor, "N I D"]:
         """Return all rows."""

@@ -68,8 +68,8 @@ class StreamLayer(nn.Module):
         visible = stream_visible(state.first[:, state.slots], state.last[:, state.slots]).flatten(0, 1)
         rows = add_residual(rows, self.self_norm, lambda x: self.self_attention(x, state.slots, state.places, visible), order=self.order)
         if self.image_attention is not None and self.image_norm is not None:
-            look = self.image_attention
-            rows = add_residual(rows, self.image_norm, lambda x: look(x, images, state.image_slots, state.image_places), order=self.order)
+            look, views = self.image_attention, (state.image_slots, state.image_places, state.sizes)
+            rows = add_residual(rows, self.image_norm, lambda x: look(x, images, *views), order=self.order)
         return add_residual(rows, self.mlp_norm, self.mlp, order=self.order)
 
 

@@ -1,6 +1,7 @@
 """The vision tower, cut into entries of the layer list. The one door to open_clip and the timm inside it, whose blocks it uses as they are.
 
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
+With `vision.merged` a block ends with the decision which of its rows merge, and the next entry begins with merging them (model/reducers.py).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.model.pretrained import Account, Fate
+from flm_scale.model.reducers import count_patches, match, merge_decided, merge_schedule
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,10 +47,10 @@ class Tower(NamedTuple):
 class VisionEntry(nn.Module):
     """Pixels to patch tokens: normalise, patch projection, class token, positions."""
 
-    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour) -> None:
-        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with."""
+    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour, merges: bool) -> None:
+        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with.   merges: whether rows do, behind some block."""
         super().__init__()
-        self.share = parts.share_of_images
+        self.share, self.merges = parts.share_of_images, merges
         self.patches, self.norm = tower.patches, tower.first_norm
         self.class_embedding = tower.class_embedding
         if tower.positional_embedding.requires_grad:
@@ -69,7 +71,8 @@ class VisionEntry(nn.Module):
 
     def forward(self, state: State) -> State:
         """State with pixels in, with image rows out: of all images, or of this shard's."""
-        return state._replace(rows=self.embed(self.share(state.rows)))
+        state = state._replace(rows=self.embed(self.share(state.rows)))
+        return count_patches(state, num_tokens=len(self.positional_embedding)) if self.merges else state
 
 
 class VisionBlock(nn.Module):
@@ -77,32 +80,43 @@ class VisionBlock(nn.Module):
 
     rope: Tensor | None
 
-    def __init__(self, block: nn.Module, *, image_tokens: int, rope: Tensor | None = None) -> None:
-        """image_tokens: I.   rope: as in Tower. Every block holds it, because rows are all that one layer hands to the next."""
+    def __init__(self, block: nn.Module, *, arriving: int, image_tokens: int, merged: int, protected: int, rope: Tensor | None = None) -> None:
+        """rope: as in Tower. Every block holds it, because rows are all that one layer hands to the next.
+
+        arriving: rows of an image that come in.   image_tokens: I, what they are merged to.   merged: how many of these are to go behind the block.
+        protected: how many never merge.
+        """
         super().__init__()
-        self.block, self.image_tokens = block, image_tokens
+        self.block, self.arriving, self.image_tokens, self.merged, self.protected = block, arriving, image_tokens, merged, protected
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, state: State) -> State:
-        """Image rows [N*I, width] in and out."""
+        """Image rows [N*arriving, width] in, [N*I, width] out."""
+        state = merge_decided(state, num_tokens=self.arriving, merged_tokens=self.image_tokens)
         images = state.rows.unflatten(0, (-1, self.image_tokens))
         images = self.block(images) if self.rope is None else self.block(images, rope=self.rope)
-        return state._replace(rows=images.flatten(0, 1))
+        state = state._replace(rows=images.flatten(0, 1))
+        if not self.merged:
+            return state
+        # Rows, not keys as in the paper: the blocks are open_clip's and timm's as they are, which keep their keys to themselves.
+        return state._replace(merge_slots=match(images, state.sizes, merged=self.merged, protected=self.protected))
 
 
 class VisionExit(nn.Module):
     """The tower's last norm, the projection into the text width, and the vector that marks image rows."""
 
-    def __init__(self, tower: Tower, parts: Parts, *, text_width: int) -> None:
+    def __init__(self, tower: Tower, parts: Parts, *, arriving: int, image_tokens: int, text_width: int) -> None:
+        """arriving, image_tokens: as of VisionBlock."""
         super().__init__()
-        self.join, self.image_tokens = parts.join_images, len(tower.positional_embedding)
+        self.join, self.arriving, self.image_tokens = parts.join_images, arriving, image_tokens
         width = tower.patches.out_channels
         self.norm = nn.Identity() if tower.last_norm is None else tower.last_norm
         self.fresh_norm = nn.LayerNorm(width) if tower.last_norm is None else nn.Identity()
         self.projection, self.kind = nn.Linear(width, text_width), nn.Embedding(1, text_width)
 
     def forward(self, state: State) -> State:
-        """Image rows [N*I, width] in, [N*I, D] out."""
+        """Image rows [N*arriving, width] in, [N*I, D] out."""
+        state = merge_decided(state, num_tokens=self.arriving, merged_tokens=self.image_tokens)
         marks = torch.zeros(len(state.rows), dtype=torch.long, device=state.rows.device)
         rows = self.projection(self.fresh_norm(self.norm(state.rows))) + self.kind(marks)
         return state._replace(rows=self.join(rows, len(state.image_slots) * self.image_tokens))
@@ -152,11 +166,21 @@ def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width
 
 def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig, parts: Parts, *, text_width: int,
                  mean: Colour, std: Colour) -> list[nn.Module]:
-    """Return the layers that run a tower. mean, std: of `colours`."""
-    image_tokens = len(tower.positional_embedding)
+    """Return the layers that run a tower. mean, std: of `colours`.
+
+    Raises ConfigError where `vision.merged` does not fit the tower.
+    """
+    merges, protected = any(config.merged), int(tower.class_embedding is not None)
+    if merges and tower.rope is not None:
+        raise ConfigError(f"vision.merged ({config.merged}) does not go with rotary positions, which merged rows lose; leave it out, or take a tower "
+                          "without them, such as ViT-B-16")
     blocks = tower.blocks[:-1] if config.output == "penultimate" else tower.blocks
-    layers = [VisionEntry(tower, parts, mean=mean, std=std), *(VisionBlock(block, image_tokens=image_tokens, rope=tower.rope) for block in blocks),
-              VisionExit(tower, parts, text_width=text_width)]
+    tokens = merge_schedule(config.merged or (0,), len(tower.positional_embedding), len(blocks), protected=protected, option="vision.merged")
+    arriving = (tokens[0], *tokens[:-1])
+    layers = [VisionEntry(tower, parts, mean=mean, std=std, merges=merges),
+              *(VisionBlock(block, arriving=before, image_tokens=now, merged=now - behind, protected=protected, rope=tower.rope)
+                for block, before, now, behind in zip(blocks, arriving, tokens, tokens[1:], strict=False)),
+              VisionExit(tower, parts, arriving=arriving[-1], image_tokens=tokens[-1], text_width=text_width)]
     for layer in layers:
         parts.sum_image_gradients(layer)
     if not config.trainable:

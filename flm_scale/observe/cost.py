@@ -18,7 +18,7 @@ from flm_scale.config_vision import ConvNetConfig, OpenClipVisionConfig, SmallVi
 from flm_scale.model.bridge import tokens_along
 from flm_scale.model.convnet import convnet_shape
 from flm_scale.model.frozen_lm import language_shape
-from flm_scale.model.reducers import build_reducer
+from flm_scale.model.reducers import build_reducer, merge_schedule
 from flm_scale.model.vision import named_sizes
 
 
@@ -37,11 +37,18 @@ class VisionShape:
     """Tokens before the patches: the class token, or none as in SigLIP."""
     convolutions: float = 0
     """FLOPs of a network that has no blocks, for one picture."""
+    merged: tuple[int, ...] = ()
+    """vision.merged of the config."""
 
     @property
     def image_tokens(self) -> int:
-        """I: the class token, where there is one, and the patches."""
+        """I of the first block: the class token, where there is one, and the patches."""
         return self.prefix_tokens + (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """I of each block, and behind all of them that of the text."""
+        return merge_schedule(self.merged or (0,), self.image_tokens, self.layers_run, protected=self.prefix_tokens, option="vision.merged")
 
 
 def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: Mapping[str, Any] | None = None) -> VisionShape:
@@ -49,7 +56,7 @@ def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: 
     sizes = config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes
     assert sizes is not None, "a named tower's sizes come from model.vision, the door to open_clip"
     return VisionShape(sizes["width"], sizes["layers"] - (config.output == "penultimate"), sizes["patch_size"], config.image_size,
-                       sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1))
+                       sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1), merged=config.merged)
 
 
 def shape_of(config: Vision) -> VisionShape:
@@ -107,12 +114,13 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
         return {"vision": vision_flops(vision) * shapes.num_images, "bridge": sum(flops.values()) * shapes.num_images,
                 **language_flops(run.text, shapes, vision, executed=executed)}
     d, text, streams, queries = run.transformer.width, run.transformer, shapes.num_streams, shapes.num_queries
-    stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * vision.image_tokens
+    image_tokens = vision.tokens[-1]
+    stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * image_tokens
     self_pairs, query_pairs, looking_rows = (
         (shapes.view_self_pairs, shapes.view_query_pairs, shapes.view_image_rows) if executed
         else (shapes.self_pairs, shapes.query_pairs, shapes.text_tokens))
     stream_layer = 24 * d * d * stream_rows + 4 * d * streams * self_pairs
-    image_attention = 4 * d * d * (stream_rows + image_rows) + 4 * d * streams * looking_rows * vision.image_tokens
+    image_attention = 4 * d * d * (stream_rows + image_rows) + 4 * d * streams * looking_rows * image_tokens
     # A query reads the rows of all streams; without queries the layer is skipped, keys and values too.
     reconstructor_layer = 20 * d * d * queries + 4 * d * d * stream_rows * (queries > 0) + 4 * d * streams * query_pairs
     return {
@@ -127,11 +135,17 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 
 def vision_flops(vision: VisionShape) -> float:
     """Return the forward FLOPs of the tower for one image: patches, then blocks."""
-    if vision.convolutions:
-        return vision.convolutions
-    d, tokens = vision.width, vision.image_tokens
-    block = 2 * vision.block_weights * tokens + 4 * d * tokens ** 2
-    return vision.layers_run * block + 6 * vision.patch_size ** 2 * d * (tokens - vision.prefix_tokens)
+    return vision.convolutions or patch_flops(vision) + sum(block_flops(vision))
+
+
+def patch_flops(vision: VisionShape) -> float:
+    """Return the forward FLOPs of the tower's entry for one image."""
+    return 6 * vision.patch_size ** 2 * vision.width * (vision.image_tokens - vision.prefix_tokens)
+
+
+def block_flops(vision: VisionShape) -> list[float]:
+    """Return the forward FLOPs of each block for one image. Matching and merging do not count."""
+    return [2 * vision.block_weights * tokens + 4 * vision.width * tokens ** 2 for tokens in vision.tokens[:-1]]
 
 
 def bridge_flops(config: LanguageModelConfig, vision: VisionShape) -> dict[str, float]:

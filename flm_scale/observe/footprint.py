@@ -4,6 +4,7 @@ Counted from sizes, tensor by tensor, for attention kernels that keep queries, k
 with what autograd keeps on the CPU. Not counted: statistics of norms, integers, and what a kernel allocates while it runs.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from flm_scale.config import Run
@@ -26,7 +27,8 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
     """Return the footprint of each layer of the list in one process, by name. longest: L, of the captions that `shapes` tells of."""
     text, pieces, element = run.transformer, run.parallel.tensor, 2 if run.precision == "bf16" else 4
     d, streams, targets = text.width, shapes.num_streams, shapes.num_targets
-    stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * vision.image_tokens
+    tokens = vision.tokens
+    stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * tokens[-1]
     all_rows = stream_rows + shapes.num_queries + image_rows
     # Rows of padded views: C * L of each stream, and C * Lq.
     view_rows, view_queries = streams * shapes.view_self_pairs // longest, shapes.view_query_pairs // longest
@@ -53,16 +55,21 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
         return layer(whole, split, reduced=d * reduced)
 
     share = pieces if run.parallel.vision == "shard_batch" else 1
-    tower_rows, pixels = image_rows / share, 3 * vision.image_size ** 2 * shapes.num_images / share
+    images = shapes.num_images / share
+    tower_rows, pixels = images * vision.image_tokens, 3 * vision.image_size ** 2 * images
     width, trains = vision.width, run.vision.trainable
     # Two matrices of an MLP of m units hold 2 * width * m numbers, and m is kept before and behind the activation.
     block = width * 9 + (vision.block_weights - 4 * width ** 2) / width
     shares = share > 1  # then images are gathered, and gradients of the tower's matrices summed
     found = {"vision_entry": layer(trains * (pixels + tower_rows * width), leaving=tower_rows * width,
                                    reduced=shares * trains * width * (3 * vision.patch_size ** 2 + vision.image_tokens))}
-    found |= {f"vision_{i}": layer(trains * tower_rows * block, leaving=tower_rows * width, reduced=shares * trains * vision.block_weights)
+    # Where rows merge, the product that does it keeps its weights.
+    weights = [images * after * before * (after < before) for before, after in pairwise((tokens[0], *tokens))]
+    found |= {f"vision_{i}": layer(trains * (images * tokens[i] * block + weights[i]), leaving=images * tokens[i] * width,
+                                   reduced=shares * trains * vision.block_weights)
               for i in range(vision.layers_run)}
-    found["vision_exit"] = layer((1 + trains) * tower_rows * width, leaving=image_rows * d, reduced=shares * d * (image_rows + width))
+    found["vision_exit"] = layer((1 + trains) * images * tokens[-1] * width + trains * weights[-1], leaving=image_rows * d,
+                                 reduced=shares * d * (image_rows + width))
     found["text_entry"] = layer(0 if pre else d * (shapes.text_tokens + shapes.num_queries), reduced=d * shapes.text_tokens)
     stages = (("bottom", text.bottom_layers, text.reconstructor_bottom_layers), ("fusion", text.fusion_layers, text.reconstructor_fusion_layers))
     for stage, depth, reconstructor_depth in stages:

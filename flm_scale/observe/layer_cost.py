@@ -11,7 +11,7 @@ from flm_scale.batch import Example
 from flm_scale.config import Run
 from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.objectives.objective import build_objective
-from flm_scale.observe.cost import BatchShapes, VisionShape, bridge_flops, forward_flops, vision_flops
+from flm_scale.observe.cost import BatchShapes, VisionShape, block_flops, bridge_flops, forward_flops, patch_flops
 from flm_scale.parallel.stages import cut
 
 
@@ -47,8 +47,8 @@ def expected_shapes(run: Run) -> BatchShapes:
 def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
     """Return the forward FLOPs of each layer of the list, in its order; they add up to those of forward_flops, to the last digit."""
     parts = forward_flops(run, shapes, vision)
-    entry = vision_flops(replace(vision, layers_run=0)) * shapes.num_images
-    tower = {"vision_entry": entry, **{f"vision_{i}": (parts["vision"] - entry) / vision.layers_run for i in range(vision.layers_run)}}
+    tower = {"vision_entry": patch_flops(vision) * shapes.num_images,
+             **{f"vision_{i}": flops * shapes.num_images for i, flops in enumerate(block_flops(vision))}}
     if isinstance(run.text, LanguageModelConfig):
         bridge = {name: flops * shapes.num_images for name, flops in bridge_flops(run.text, vision).items()}
         return tower | bridge | {"head": parts["language_model"] + parts["head"]}

@@ -123,6 +123,7 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
     """Return the header's list of (what, value). A line of the metrics may carry the number of 'parameters'."""
     vision, text, batch, optim = run.vision, run.text, run.batch, run.optim
     tower = f"ViT, width {vision.width}, {vision.layers} layers, patch {vision.patch_size}" if vision.kind == "vit" else vision.name
+    merged = f" · {', '.join(map(str, vision.merged))} rows merged behind each block" if any(vision.merged) else ""
     if isinstance(text, LanguageModelConfig):
         reads = f"{text.name} · frozen · behind a bridge of width {text.bridge.width}, {text.bridge.layers} layers, {text.bridge.reducer.kind}"
     else:
@@ -135,7 +136,7 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
                          for name, value in run.objective.model_dump(exclude={"kind"}).items() if not isinstance(value, bool))
     return [
         ("Objective", run.objective.kind.replace("_", " ").upper() + (f" · {settings}" if settings else "")),
-        ("Vision", f"{tower} · {vision.image_size} px{'' if vision.trainable else ' · frozen'}"),
+        ("Vision", f"{tower} · {vision.image_size} px{'' if vision.trainable else ' · frozen'}{merged}"),
         ("Text", reads),
         *([("Parameters", f"{parameters[0] / 1e6:,.1f} million")] if parameters else []),
         ("Step", f"{batch.micro_batches} micro-batches: {batch.text_tokens:,} tokens, {batch.captions} captions, {batch.images} pictures at most"),

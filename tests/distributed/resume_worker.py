@@ -32,7 +32,8 @@ class Cut(NamedTuple):
     zero: int
     precision: str = "fp32"
     special: str = ""
-    """sgd, frozen (the vision tower), offload (DeepSpeed's CPU Adam, which may have to be compiled), simvlg (into a frozen language model)."""
+    """sgd, frozen (the vision tower), offload (DeepSpeed's CPU Adam, which may have to be compiled), simvlg (into a frozen language model), merged
+    (rows of the vision tower)."""
 
     def name(self, size: int) -> str:
         return f"{size}-{self.tensor}{self.pipe}{self.zero}-{self.precision}{self.special and '-'}{self.special}"
@@ -46,9 +47,10 @@ class Cut(NamedTuple):
 # By number of processes. ZeRO 1 in float32 is pairs_worker's.
 CUTS = {
     1: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(1, 1, 1, "bf16"), Cut(1, 1, 0, special="sgd"), Cut(1, 1, 0, special="frozen"),
-        Cut(1, 1, 0, special="simvlg")],
+        Cut(1, 1, 0, special="simvlg"), Cut(1, 1, 0, special="merged")],
     2: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(2, 1, 2), Cut(2, 1, 3), Cut(1, 2, 0), *(Cut(1, 1, zero, "bf16") for zero in (1, 2, 3)),
         *(Cut(1, 1, zero, special="simvlg") for zero in (1, 2, 3)), Cut(1, 1, 3, "bf16", "simvlg"),
+        *(Cut(1, 1, zero, special="merged") for zero in (1, 2, 3)), Cut(2, 1, 2, special="merged"),
         Cut(2, 1, 1, special="sgd"), Cut(1, 1, 2, special="sgd"), Cut(1, 1, 3, special="frozen"), Cut(1, 2, 1, special="frozen"),
         *([Cut(1, 1, 3, special="offload")] if HAS_COMPILER else [])],
     4: [Cut(2, 1, 3), Cut(2, 2, 1, "bf16")]}
@@ -56,12 +58,14 @@ CUTS = {
 
 def run_of(cut: Cut, out: Path) -> Run:
     template = "zero3-offload" if cut.special == "offload" else ""
-    parallel = ParallelConfig(engine="deepspeed", zero=cut.zero, tensor=cut.tensor, pipe=cut.pipe, vision="shard_batch", template=template)
+    vision = "replicated" if cut.special == "merged" else "shard_batch"
+    parallel = ParallelConfig(engine="deepspeed", zero=cut.zero, tensor=cut.tensor, pipe=cut.pipe, vision=vision, template=template)
     case = Case("flm", "sgd" if cut.special == "sgd" else "adamw", 0.5, 0, tied=True, shard_images=True)
     if cut.special == "simvlg":
         return tiny_language_run(out / "language_model", precision=cut.precision, parallel=parallel, steps=2 * STEPS)
     run = case_run(case, data=1, parallel=parallel)
-    return run.replace(precision=cut.precision, steps=2 * STEPS, vision=run.vision.replace(trainable=cut.special != "frozen"))
+    return run.replace(precision=cut.precision, steps=2 * STEPS, vision=run.vision.replace(
+        trainable=cut.special != "frozen", merged=(1,) if cut.special == "merged" else ()))
 
 
 def train(engine: Engine, run: Run, steps: Iterable[int]) -> list[tuple[float, float]]:

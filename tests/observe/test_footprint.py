@@ -14,9 +14,10 @@ from flm_scale.observe.footprint import footprints
 from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run
 
 
-def small_run(objective: str = "flm", *, trainable: bool = True, **changes: object) -> Run:
+def small_run(objective: str = "flm", *, trainable: bool = True, merged: tuple[int, ...] = (), **changes: object) -> Run:
     """Wide enough that what the formula leaves out is little: two numbers a norm's row, one an attention row, and integers."""
-    return tiny_run(objective, vision=SmallVisionConfig(image_size=32, patch_size=8, width=192, layers=3, heads=4, trainable=trainable),
+    vision = SmallVisionConfig(image_size=32, patch_size=8, width=192, layers=3, heads=4, trainable=trainable, merged=merged)
+    return tiny_run(objective, vision=vision,
                     text=TextConfig(width=256, heads=4, bottom_layers=2, fusion_layers=2, reconstructor_bottom_layers=1,
                                     reconstructor_fusion_layers=1, vocab_size=60, max_length=16)).replace(**changes)
 
@@ -40,7 +41,8 @@ def bytes_kept(layers: nn.ModuleDict, state: State) -> dict[str, int]:
     return kept
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"precision": "bf16"}, {"trainable": False}], ids=["fp32", "post", "bf16", "frozen"])
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"precision": "bf16"}, {"trainable": False}, {"merged": (5,)}],
+                         ids=["fp32", "post", "bf16", "frozen", "merged"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_kept_bytes_are_autograds_layer_by_layer(objective: str, changes: dict) -> None:
     norm, changes = changes.get("norm", "pre"), {key: value for key, value in changes.items() if key != "norm"}
@@ -79,8 +81,9 @@ def test_bytes_summed_over_the_tensor_group_come_out_of_row_linears_and_back_int
     assert {name: layer.reduced for name, layer in expected.items()} == summed
 
 
-def test_rows_handed_on_are_those_of_the_model() -> None:
-    run = small_run()
+@pytest.mark.parametrize("merged", [(), (5,)])
+def test_rows_handed_on_are_those_of_the_model(merged: tuple[int, ...]) -> None:
+    run = small_run(merged=merged)
     state = random_batch(run, seed=3).state
     state = state._replace(rows=torch.randint(256, (len(state.rows), 3, 32, 32), dtype=torch.uint8))
     expected = footprints(run, BatchShapes.of(state), vision_shape(run.vision), longest=state.slots.shape[1])

@@ -21,9 +21,11 @@ def run_with(objective: str, **changes: object) -> Run:
     return tiny_run(**changes).replace(objective=MORE_OBJECTIVES[objective])
 
 
+@pytest.mark.parametrize("merged", [(), (1,)])
 @pytest.mark.parametrize("objective", MORE_OBJECTIVES)
-def test_layers_are_those_of_the_model_and_their_flops_add_up(objective: str) -> None:
+def test_layers_are_those_of_the_model_and_their_flops_add_up(objective: str, merged: tuple[int, ...]) -> None:
     run = run_with(objective)
+    run = run.replace(vision=run.vision.replace(merged=merged))
     vision = vision_shape(run.vision)
     for shapes in (expected_shapes(run), BatchShapes.of(random_batch(run, seed=1).state)):
         flops = layer_flops(run, shapes, vision)
