@@ -87,7 +87,8 @@ def eval_run(run_dir: RunDir, *, task: Literal["vqa", "caption", "retrieval"], s
 
     Args:
         run_dir: of a trained run.
-        task: vqa fine-tunes on the training questions first, from the run's weights and from random.
+        task: vqa fine-tunes on the training questions first, from the run's weights and from random; a run around a frozen language model answers
+            as it is, too. caption also says, for such a run, what another picture and none would score.
         split: of the run's dataset.
         tensor: processes that share the text layers' matrices, heads and vocabulary, whatever the layout was in training.
         pipe: pipeline stages that the layers are cut into. The processes / (tensor * pipe) replicas share the pictures.

@@ -1,6 +1,7 @@
 """A bridge trained into a frozen language model, end to end on real shards: one loss, exact resume, and weights that never move."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from flm_scale.checkpoint.store import last_good
 from flm_scale.checkpoint.weights import read_run
 from flm_scale.cli import main
 from flm_scale.data.shards import Dataset
-from flm_scale.evals.caption import Caption
+from flm_scale.evals.caption import Caption, other_pictures, words
+from flm_scale.evals.retrieval import score_pairs
 from flm_scale.evals.run import evaluate, open_run
 from flm_scale.evals.show import describe
 from flm_scale.model.assemble import VisionLanguageModel
 from flm_scale.model.convnet import ConvNetEntry
 from flm_scale.model.frozen_lm import FrozenLm, content_hash
+from flm_scale.objectives.captioning import Captioning
 from flm_scale.parallel.processes import start_processes
 from tests.language import write_language_model
 from tests.test_train import lines_of
@@ -104,12 +107,43 @@ def test_it_says_captions_and_ranks_them(trained: Path) -> None:
     for sample in samples:
         assert "".join(token["piece"] for token in sample["tokens"]).replace("\u2581", " ").strip() == sample["truth"]
     assert main(["report", str(trained)]) == 0
-    assert "a language model that never changes" in (trained / "report.html").read_text()
+    page = (trained / "report.html").read_text()
+    assert "a language model that never changes" in page
+    assert "beam, another picture" in page
+    assert "no picture -" in page
     Image.new("RGB", (20, 16), "red").save(trained / "red.png")
     assert main(["caption", str(trained), str(trained / "red.png")]) == 0
     assert (trained / "samples/red.caption.png").is_file()
     evaluate(trained, task="retrieval", split="test")
     assert 0 <= json.loads((trained / "evals/retrieval.json").read_text())["image_to_text"]["R@1"] <= 1
+
+
+def test_controls_say_what_the_picture_is_worth(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Likelihoods are those of every pair of picture and text, and without a picture transformers' own of the text alone."""
+    evaluate(trained, task="caption", split="test")
+    found = json.loads((trained / "evals/caption.json").read_text())
+    controls = found["controls"]
+    assert {name: controls["picture"][name] for name in found["beam"]} == found["beam"]
+    assert re.search(r"picture -\d+\.\d+, another picture -\d+\.\d+, no picture -", capsys.readouterr().out)
+    run, _, dataset, tokenizer, objective = open_run(trained)
+    index, model, processes = dataset.index("test"), opened(trained), start_processes(run.parallel)
+    images = [image for image, captions in enumerate(index.captions) if captions]
+    texts = sorted({text for image in images for text in index.captions[image]})
+    pairs = score_pairs(run, model, images, texts, index=index, tokenizer=tokenizer, objective=objective, processes=processes)
+    others = other_pictures([words(index.captions[image][0]) for image in images], seed=run.seed)
+    written = [(number, texts.index(text)) for number, image in enumerate(images) for text in index.captions[image]]
+    ids = [tokenizer.encode(text, max_length=run.text.max_length) for text in texts]
+    count = sum(len(ids[text]) - 1 for _, text in written)
+    assert controls["picture"]["log_likelihood"] == pytest.approx(sum(pairs[image, text] for image, text in written) / count)
+    assert controls["another picture"]["log_likelihood"] == pytest.approx(sum(pairs[others[image], text] for image, text in written) / count)
+    assert isinstance(objective, Captioning)
+    alone = 0.0
+    for _, text in written:
+        read = torch.tensor([[ids[text][0], *objective.prompt.tolist(), *ids[text][1:]]])
+        labels = read.masked_fill(torch.arange(read.shape[1]) <= len(objective.prompt), -100)
+        with torch.no_grad():
+            alone -= float(model.head.lm(read, labels=labels).loss) * (len(ids[text]) - 1)
+    assert controls["no picture"]["log_likelihood"] == pytest.approx(alone / count, abs=1e-5)
 
 
 def test_the_bridge_may_start_from_a_bert_and_says_what_became_of_it(train: Callable[..., int], tmp_path: Path) -> None:
@@ -165,8 +199,8 @@ def test_mistakes_are_one_line(trained: Path, material: tuple[Path, Path], train
         assert line in error
         assert len(error.splitlines()) == 1
         assert not (tmp_path / "run").exists()
-    for words in (["eval", str(trained), "--task", "vqa"], ["plan", str(trained)], ["checkpoint", "export", str(trained), str(tmp_path / "x")]):
-        assert main(words) == 2
+    for command in (["plan", str(trained)], ["checkpoint", "export", str(trained), str(tmp_path / "x")]):
+        assert main(command) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 

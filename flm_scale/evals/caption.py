@@ -6,20 +6,27 @@ weighs words by the scored pictures' own references, and averages over 1- to 4-g
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from flm_scale.batch import Example
 from flm_scale.config import Run
 from flm_scale.data.images import decode_image
 from flm_scale.data.index import Index
+from flm_scale.data.order import keyed_rng
+from flm_scale.data.pack import pack
 from flm_scale.data.tokens import AnyTokenizer
 from flm_scale.errors import DataError
 from flm_scale.model.assemble import VisionLanguageModel
+from flm_scale.model.frozen_lm import FrozenLm
 from flm_scale.model.generate import generate
+from flm_scale.objectives.captioning import Captioning
 from flm_scale.objectives.objective import Objective
 from flm_scale.parallel.processes import Processes
+
+Item = TypeVar("Item")
 
 BEAMS = 5
 IMAGES_PER_BATCH = 64
@@ -49,8 +56,71 @@ def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, toke
             captions = write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams)
             said[kind] += [caption.text for caption in captions]
     references = [index.captions[image] for image in images]
-    scores = {kind: score_captions(processes.gather(captions), references) for kind, captions in said.items()}
+    everywhere = {kind: processes.gather(texts) for kind, texts in said.items()}
+    scores: dict[str, Any] = {kind: score_captions(texts, references) for kind, texts in everywhere.items()}
+    if isinstance(objective, Captioning):
+        scores["controls"] = score_controls(run, model, images, everywhere["beam"], index=index, tokenizer=tokenizer, objective=objective,
+                                            processes=processes)
     return {"task": "caption", "split": split, "num_images": len(images), **scores}
+
+
+def score_controls(run: Run, model: VisionLanguageModel, images: Sequence[int], captions: Sequence[str], *, index: Index, tokenizer: AnyTokenizer,
+                   objective: Captioning, processes: Processes) -> dict[str, dict[str, float]]:
+    """Return what the picture is worth to a frozen language model: scores with the right one, with another one, and with none in front of the text.
+
+    To those of the captions comes `log_likelihood`, the mean log-probability of a token of the references in nats, EOS counted.
+    captions: those that beam search found for each of the images.
+    """
+    assert isinstance(model.head, FrozenLm)
+    references = [index.captions[image] for image in images]
+    others = other_pictures([words(texts[0]) for texts in references], seed=run.seed)
+    prompt = [tokenizer.bos_id, *objective.prompt.tolist()]
+    (ids, _), = model.head.generate(model.head.no_pictures(1), [prompt], end_ids=[tokenizer.eos_id], max_new=run.text.max_length - 1, beams=BEAMS)
+    said = {"picture": captions, "another picture": [captions[other] for other in others], "no picture": [tokenizer.decode(ids)] * len(images)}
+    seen = {"picture": images, "another picture": [images[other] for other in others], "no picture": [None] * len(images)}
+    return {name: {**score_captions(said[name], references),
+                   "log_likelihood": log_likelihood(run, model, list(zip(images, seen[name], strict=True)), index=index, tokenizer=tokenizer,
+                                                    objective=objective, processes=processes)} for name in said}
+
+
+@torch.no_grad()
+def log_likelihood(run: Run, model: VisionLanguageModel, pairs: Sequence[tuple[int, int | None]], *, index: Index, tokenizer: AnyTokenizer,
+                   objective: Objective, processes: Processes) -> float:
+    """Return the mean log-probability of a token of the references, in nats, EOS counted.
+
+    pairs: whose captions are read, and the picture in front of them; None, for all of them or none, leaves a frozen language model alone.
+    """
+    def views_of(image: int) -> list[Example]:
+        texts = (np.array(tokenizer.encode(text, max_length=run.text.max_length), np.int32) for text in index.captions[image])
+        return [view for ids in texts for view in objective.likelihood(ids)]
+
+    sums, device = list[tuple[float, int]](), next(model.parameters()).device
+    for chosen in batches_of(processes.share(pairs)):
+        views = [views_of(image) for image, _ in chosen]
+        pictures = [picture for _, picture in chosen if picture is not None]
+        if pictures:
+            loss, _ = model(pack(views, read_pixels(index, pictures, size=run.vision.image_size)).to(device))
+        else:
+            assert isinstance(model.head, FrozenLm)
+            state = pack(views, np.empty((len(chosen), 3, 0, 0), np.uint8)).to(device)
+            loss, _ = model.head(state._replace(rows=model.head.no_pictures(len(chosen)).flatten(0, 1)))
+        sums.append((float(loss.double().sum()), len(loss)))
+    found = processes.gather(sums)
+    return -sum(loss for loss, _ in found) / sum(count for _, count in found)
+
+
+def other_pictures(labels: Sequence[str], *, seed: int) -> list[int]:
+    """Return for each picture the number of another one, each taken once, whose label is another; drawn from the seed.
+
+    Pictures stand in a row, those of one label together, and each takes the one as far on as the longest group is long. Only where one label
+    has more than half of the pictures, some of them meet it again.
+    """
+    groups: dict[str, list[int]] = {}
+    for number in keyed_rng("another picture", seed).permutation(len(labels)).tolist():
+        groups.setdefault(labels[number], []).append(number)
+    row, far = [number for group in groups.values() for number in group], max(map(len, groups.values()))
+    other = {number: row[(place + far) % len(row)] for place, number in enumerate(row)}
+    return [other[number] for number in range(len(labels))]
 
 
 def write_captions(run: Run, model: VisionLanguageModel, pixels: np.ndarray, *, tokenizer: AnyTokenizer, objective: Objective,
@@ -91,7 +161,7 @@ def read_pixels(index: Index, images: Sequence[int], *, size: int) -> np.ndarray
     return np.stack(pixels)
 
 
-def batches_of(images: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Yield the pictures, some at a time."""
+def batches_of(images: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yield the pictures, or what stands for them, some at a time."""
     for start in range(0, len(images), IMAGES_PER_BATCH):
         yield images[start:start + IMAGES_PER_BATCH]

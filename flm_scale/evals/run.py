@@ -9,7 +9,6 @@ from flm_scale.checkpoint.weights import Weights, load_weights, open_weights, re
 from flm_scale.config import ParallelConfig, Run, TextConfig
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import AnyTokenizer, Tokenizer
-from flm_scale.errors import ConfigError
 from flm_scale.model.assemble import VisionLanguageModel, assemble, layer_builders
 from flm_scale.objectives.objective import Objective
 from flm_scale.observe.cost import shape_of
@@ -70,12 +69,16 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
         print(f"{task} on '{split}' of {dataset.folder}, weights {weights.folder}", flush=True)
     match task:
         case "vqa":
-            from flm_scale.evals.vqa import evaluate_vqa
+            if isinstance(tokenizer, Tokenizer):
+                from flm_scale.evals.vqa import evaluate_vqa
 
-            if not isinstance(tokenizer, Tokenizer):
-                raise ConfigError("--task vqa trains a head on a text transformer, and this run is around a frozen language model; use caption or "
-                                  "retrieval")
-            result = evaluate_vqa(run, weights, dataset=dataset, tokenizer=tokenizer, objective=objective, split=split)
+                result = evaluate_vqa(run, weights, dataset=dataset, tokenizer=tokenizer, objective=objective, split=split)
+            else:
+                from flm_scale.evals.answers import evaluate_answers
+
+                processes = start_processes(run.parallel)
+                result = evaluate_answers(run, weights, trained.model(processes), dataset=dataset, tokenizer=tokenizer, split=split,
+                                          processes=processes)
             rows = {row["start"]: row for row in result["rows"]} | {"floor": result["floor"]}
             columns = ["overall", "yes_no", "other"]
         case "caption":
@@ -88,7 +91,9 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
             samples = write_samples(run, model, run_dir, index=index, tokenizer=tokenizer, objective=objective, processes=processes)
             if writes:
                 write_json(run_dir / "samples/samples.json", samples)
-            rows, columns = {kind: result[kind] for kind in ("greedy", "beam")}, list(result["greedy"])
+            controls = result.get("controls", {})
+            rows = {kind: result[kind] for kind in ("greedy", "beam")} | {f"beam, {name}": controls[name] for name in list(controls)[1:]}
+            columns = list(result["greedy"])
         case "retrieval":
             from flm_scale.evals.retrieval import evaluate_retrieval
 
@@ -102,6 +107,9 @@ def evaluate(run_dir: Path, *, task: Literal["vqa", "caption", "retrieval"], spl
         path = run_dir / "evals" / f"{task}.json"
         write_json(path, result)
         print_table(rows, columns, title=f"{task}, split {split}, times 100")
+        if task == "caption" and controls:
+            print("log-likelihood of the references, nats a token: "
+                  + ", ".join(f"{name} {row['log_likelihood']:.3f}" for name, row in controls.items()))
         print(path)
 
 

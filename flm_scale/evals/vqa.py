@@ -82,7 +82,7 @@ class VqaTask:
 
 @dataclass(frozen=True)
 class Questions:
-    """The pictures of some splits and, for each, its questions as VqaTask reads them."""
+    """The pictures of some splits and, for each, its questions as VqaTask or Answering reads them."""
 
     index: Index
     token_ids: list[list[np.ndarray]]
@@ -92,7 +92,7 @@ class Questions:
         """Number of questions."""
         return sum(map(len, self.token_ids))
 
-    def costs(self, task: VqaTask) -> Costs:
+    def costs(self, task: Objective) -> Costs:
         """Return what each question takes in a batch."""
         lengths = np.array([len(ids) for questions in self.token_ids for ids in questions], np.int64)
         return costs_of(lengths, np.cumsum([0, *map(len, self.token_ids)]), task, longest=int(lengths.max(initial=0)))
@@ -104,12 +104,7 @@ def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: 
     checkpoint: of the run.   split: the one scored; it trains on the other ones of TRAIN_SPLITS.
     Raises DataError when a side has no questions, ConfigError for the split that must train.
     """
-    if split == TRAIN_SPLITS[0]:
-        raise ConfigError(f"--split {split}: its questions are trained on; score another of {', '.join(dataset.splits)}")
-    seen, scored = dataset.index(*(name for name in TRAIN_SPLITS if name != split and name in dataset.splits)), dataset.index(split)
-    if not any(seen.questions) or not any(scored.questions):
-        raise DataError(f"{dataset.folder}: no questions to train on or none in '{split}'; vqa needs a dataset with questions, such as that "
-                        "of `flm data demo`")
+    seen, scored = open_questions(dataset, split=split)
     answers = sorted({answer for answers in seen.answers for answer in answers})
     task = VqaTask(objective, answers)
     train, test = (encode_questions(index, tokenizer, answers, max_length=run.text.max_length) for index in (seen, scored))
@@ -121,6 +116,17 @@ def evaluate_vqa(run: Run, checkpoint: Weights, *, dataset: Dataset, tokenizer: 
     rows = [fine_tune(run, checkpoint, task=task, answer_ids=answer_ids, train=train, test=test, start=start)
             for start in ("pretrained", "random")]
     return {"task": "vqa", "split": split, "floor": floor, "rows": rows, "num_questions": test.count}
+
+
+def open_questions(dataset: Dataset, *, split: str) -> tuple[Index, Index]:
+    """Return what is trained on and what is scored. Raises DataError and ConfigError as `evaluate_vqa`."""
+    if split == TRAIN_SPLITS[0]:
+        raise ConfigError(f"--split {split}: its questions are trained on; score another of {', '.join(dataset.splits)}")
+    seen, scored = dataset.index(*(name for name in TRAIN_SPLITS if name != split and name in dataset.splits)), dataset.index(split)
+    if not any(seen.questions) or not any(scored.questions):
+        raise DataError(f"{dataset.folder}: no questions to train on or none in '{split}'; vqa needs a dataset with questions, such as that "
+                        "of `flm data demo`")
+    return seen, scored
 
 
 def encode_questions(index: Index, tokenizer: Tokenizer, answers: Sequence[str], *, max_length: int) -> Questions:
@@ -152,43 +158,61 @@ def score_floor(seen: Index, scored: Index) -> dict[str, float]:
 def fine_tune(run: Run, checkpoint: Weights, *, task: VqaTask, answer_ids: Sequence[Sequence[int]], train: Questions, test: Questions,
               start: Literal["pretrained", "random"]) -> dict[str, Any]:
     """Train from one start and return its row of evals/vqa.json; `seconds` are those of training, without the scoring."""
-    from rich.progress import track
-
-    shuffle = Shuffle(train.costs(task), [len(train.index)], BATCH, seed=run.seed, captions_per_image=QUESTIONS_PER_IMAGE)
-    plans = [shuffle.plan(epoch) for epoch in range(PASSES)]
+    plans, run = plan_passes(run, train, task)
     test_plan = plan_in_order(test.costs(task), BATCH)
-    steps = sum(map(len, plans))
-    run = run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
     if start == "random":  # the text side as if it had read nothing; the tower as pretraining had it
         run = run.replace(text=run.transformer.replace(pretrained=""))
     engine = answering_engine(run, task, answer_ids=answer_ids, checkpoint=checkpoint if start == "pretrained" else None)
-    writes, rank, size = engine.rank == 0, engine.data_index, engine.layout.data
-    step, seconds, row = 0, 0.0, dict[str, float]()
+    seconds, row = 0.0, dict[str, float]()
     by_pass = []
+    for seconds in train_passes(engine, run, train, task, plans, start=start):
+        orders = orders_of(test_plan, epoch=0, rank=engine.data_index, size=engine.layout.data)
+        row = part_scores(engine.evaluate(question_batches(run, test, task, orders)))
+        by_pass.append(row["overall"])
+        if engine.rank == 0:
+            print(f"{start:10}  pass {len(by_pass)}/{PASSES}  {percentages(row)}  {seconds:.0f} s", flush=True)
+    return {"start": start, **row, "by_pass": by_pass, "passes": PASSES, "seconds": round(seconds, 1)}
+
+
+def plan_passes(run: Run, train: Questions, task: Objective) -> tuple[list[list[MicroBatch]], Run]:
+    """Return the micro-batches of each pass, and the run with as many steps and the optimizer that takes them."""
+    shuffle = Shuffle(train.costs(task), [len(train.index)], BATCH, seed=run.seed, captions_per_image=QUESTIONS_PER_IMAGE)
+    plans = [shuffle.plan(epoch) for epoch in range(PASSES)]
+    steps = sum(map(len, plans))
+    return plans, run.replace(steps=steps, optim=OPTIM.replace(warmup_steps=min(OPTIM.warmup_steps, steps // 10)))
+
+
+def train_passes(engine: Engine, run: Run, train: Questions, task: Objective, plans: Sequence[Sequence[MicroBatch]], *,
+                 start: str) -> Iterator[float]:
+    """Train on one plan after another; yield, behind each, the seconds of training so far. start: what the user is told of it."""
+    from rich.progress import track
+
+    step, seconds = 0, 0.0
     for epoch, plan in enumerate(plans):
         began = time.perf_counter()
-        batches = question_batches(run, train, task, orders_of(plan, epoch=epoch, rank=rank, size=size))
-        for batch in track(batches, total=len(plan), description=f"{start}, pass {epoch + 1}", transient=True, disable=not writes):
+        batches = question_batches(run, train, task, orders_of(plan, epoch=epoch, rank=engine.data_index, size=engine.layout.data))
+        for batch in track(batches, total=len(plan), description=f"{start}, pass {epoch + 1}", transient=True, disable=engine.rank > 0):
             result = engine.train_step([batch], step=step)
             if not result.is_taken:
                 raise BadStepError(f"vqa, {start}, pass {epoch + 1}, step {step + 1}: loss is {result.loss}, gradient norm {result.grad_norm}; the "
                                    "run's weights may be damaged; evaluate another run")
             step += 1
         seconds += time.perf_counter() - began
-        row = part_scores(engine.evaluate(question_batches(run, test, task, orders_of(test_plan, epoch=0, rank=rank, size=size))))
-        by_pass.append(row["overall"])
-        if writes:
-            print(f"{start:10}  pass {epoch + 1}/{PASSES}  {percentages(row)}  {seconds:.0f} s", flush=True)
-    return {"start": start, **row, "by_pass": by_pass, "passes": PASSES, "seconds": round(seconds, 1)}
+        yield seconds
 
 
 def answering_engine(run: Run, task: VqaTask, *, answer_ids: Sequence[Sequence[int]], checkpoint: Weights | None) -> Engine:
-    """Return the engine that trains the run's model to answer, with one micro-batch a replica and step. Arguments as for `answer_rows`."""
-    layout = find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
+    """Return the engine that trains the run's model to answer. Arguments as for `answer_rows`."""
     rows = answer_rows(run, answer_ids, checkpoint=checkpoint)
-    builders = partial(answering_builders, run, task, rows=rows, checkpoint=checkpoint)
     # The decoder is no longer the embedding table.
-    run = run.replace(batch=BATCH.replace(micro_batches=layout.data), text=run.transformer.replace(tied=False))
+    return build_engine(run.replace(text=run.transformer.replace(tied=False)), task,
+                        partial(answering_builders, run, task, rows=rows, checkpoint=checkpoint))
+
+
+def build_engine(run: Run, task: Objective, builders: Callable[[Parts], dict[str, Callable[[], nn.Module]]]) -> Engine:
+    """Return the engine that trains these layers, with one micro-batch a replica and step."""
+    layout = find_layout(run.parallel, world_size=find_ranks(os.environ)[0].size)
+    run = run.replace(batch=BATCH.replace(micro_batches=layout.data))
     if layout.size == 1:
         return LocalEngine(run, assemble(run, builders(PlainParts())), task)
     from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine
@@ -232,7 +256,7 @@ def orders_of(plan: Sequence[MicroBatch], *, epoch: int, rank: int, size: int) -
     return [Order(epoch, entries[rank::size] or entries[:1], counts=rank < len(entries)) for entries in plan]
 
 
-def question_batches(run: Run, questions: Questions, task: VqaTask, orders: list[Order]) -> Iterator[Batch]:
+def question_batches(run: Run, questions: Questions, task: Objective, orders: list[Order]) -> Iterator[Batch]:
     """Yield the packed micro-batches."""
     dataset = MicroBatches(questions.index, questions.token_ids, task, seed=run.seed, image_size=run.vision.image_size)
     yield from torch_loader(dataset, orders, workers=run.data.workers)

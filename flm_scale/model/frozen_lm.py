@@ -43,6 +43,8 @@ class FrozenLm(nn.Module):
         self.lm = lm.requires_grad_(False).train()
         for weight in self.lm.parameters():
             weight.is_elsewhere = True  # in its own files, and in no checkpoint
+        # transformers' generate hands a strided slice of the rows, for which torch copies the weights once a caption: gigabytes.
+        self.lm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         if recompute:
             self.lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
@@ -55,33 +57,57 @@ class FrozenLm(nn.Module):
         logits: Tensor = self.lm.get_output_embeddings()(self._target_rows(state)).float()
         return logits
 
-    @torch.no_grad()
-    def generate(self, prefixes: Float[Tensor, "N K H"], *, prompt_ids: Sequence[int], eos_id: int, max_length: int,
-                 beams: int = 1) -> list[tuple[list[int], float]]:
-        """Return, for each picture, what the model says behind it and the prompt: ids without EOS, and the mean log-probability of a token.
+    def no_pictures(self, count: int) -> Float[Tensor, "N 0 H"]:
+        """Return prefixes without a row, for `generate` and for the rows of a State: the language model then reads the text alone."""
+        table: Tensor = self.lm.get_input_embeddings().weight
+        return table.new_empty(count, 0, table.shape[1])
 
-        prompt_ids: what every training text begins with, BOS first.   max_length: tokens with prompt and EOS.   beams: 1 is greedy search.
+    @torch.no_grad()
+    def generate(self, prefixes: Float[Tensor, "N K H"], prompts: Sequence[Sequence[int]], *, end_ids: Sequence[int], max_new: int,
+                 min_new: int = 0, beams: int = 1, length_penalty: float = 1.0) -> list[tuple[list[int], float]]:
+        """Return, for each picture, what the model says behind it and its prompt: ids without the end, and the mean log-probability of a token.
+
+        prompts: what each text begins with, BOS first; of any lengths.   end_ids: tokens that end it.   max_new: tokens said, the end counted.
+        min_new: tokens said in front of the end.   beams: 1 is greedy search.
+        length_penalty: beams are compared by log-probability / tokens ** length_penalty.
         """
         from transformers import GenerationConfig
 
-        prompts = torch.tensor(prompt_ids, device=prefixes.device).expand(len(prefixes), -1)
-        rows = self._embed(prefixes, prompts)
-        options = GenerationConfig(max_new_tokens=max_length - len(prompt_ids), num_beams=beams, do_sample=False, eos_token_id=eos_id,
-                                   pad_token_id=eos_id)
+        options = GenerationConfig(max_new_tokens=max_new, min_new_tokens=min_new, num_beams=beams, do_sample=False, eos_token_id=list(end_ids),
+                                   pad_token_id=end_ids[0], **({"length_penalty": length_penalty} if beams > 1 else {}))
+        rows, mask = self._begun(prefixes, prompts, pad_id=end_ids[0])
         mode = self.lm.training
         self.lm.eval()  # recomputation would forget keys and values
         try:
             with _quiet():
-                said = self.lm.generate(inputs_embeds=rows, attention_mask=rows.new_ones(rows.shape[:2], dtype=torch.long), generation_config=options)
-            ends = said == eos_id
-            valid = (ends.cumsum(1) - ends.long()) == 0  # up to the first EOS, itself included
-            hidden = self._read(prefixes, torch.cat([prompts, said[:, :-1]], dim=1))[:, len(prompt_ids) - 1:]
-            loss, _ = self._score(hidden.flatten(0, 1), said.flatten())
-            scores = -(loss.view_as(said) * valid).sum(1) / valid.sum(1)
+                said = self.lm.generate(inputs_embeds=rows, attention_mask=mask, generation_config=options)
+            ends = torch.isin(said, torch.tensor(end_ids, device=said.device))
+            valid = (ends.cumsum(1) - ends.long()) == 0  # up to the first end, itself included
+            scores = self._mean_log_probabilities(prefixes, prompts, said, valid)
         finally:
             self.lm.train(mode)
-        return [(ids[ids != eos_id].tolist(), score) for ids, score in
-                zip((row[keep] for row, keep in zip(said, valid, strict=True)), scores.tolist(), strict=True)]
+        return [(row[keep].tolist(), score) for row, keep, score in zip(said, valid & ~ends, scores, strict=True)]
+
+    def _begun(self, prefixes: Float[Tensor, "N K H"], prompts: Sequence[Sequence[int]], *,
+               pad_id: int) -> tuple[Float[Tensor, "N P H"], Int[Tensor, "N P"]]:
+        """Return P rows of pictures and prompts, padding on the left so that all go on at one place, and the mask from which positions follow."""
+        longest = max(map(len, prompts))
+        padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=prefixes.device)
+        padded = torch.tensor([[*prompt, *[pad_id] * (longest - len(prompt))] for prompt in prompts], device=prefixes.device)
+        rows = self._embed(prefixes, padded)
+        places = torch.arange(rows.shape[1], device=rows.device) - padding[:, None]  # negative ones wrap around, to the padding on the right
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], places], (places >= 0).long()
+
+    def _mean_log_probabilities(self, prefixes: Float[Tensor, "N K H"], prompts: Sequence[Sequence[int]], said: Int[Tensor, "N new"],
+                                valid: Bool[Tensor, "N new"]) -> list[float]:
+        """Return the mean over the valid tokens said of each, read as in training."""
+        read = [torch.cat([said.new_tensor(prompt), tokens]) for prompt, tokens in zip(prompts, said, strict=True)]
+        first = said.new_tensor([len(prompt) - 1 for prompt in prompts])
+        hidden = self._read(prefixes, nn.utils.rnn.pad_sequence(read, batch_first=True))
+        places = first[:, None] + torch.arange(said.shape[1], device=said.device)
+        loss, _ = self._score(hidden[torch.arange(len(said), device=said.device)[:, None], places].flatten(0, 1), said.flatten())
+        means: list[float] = (-(loss.view_as(said) * valid).sum(1) / valid.sum(1)).tolist()
+        return means
 
     def _embed(self, prefixes: Float[Tensor, "C K H"], ids: Int[Tensor, "C L"]) -> Float[Tensor, "C K+L H"]:
         tokens = self.lm.get_input_embeddings()(ids)
@@ -94,7 +120,8 @@ class FrozenLm(nn.Module):
         return hidden[:, prefixes.shape[1]:]
 
     def _target_rows(self, state: State) -> Float[Tensor, "R H"]:
-        prefixes = state.rows.unflatten(0, (len(state.image_slots), -1))
+        num_images = len(state.image_slots)
+        prefixes = state.rows.unflatten(0, (num_images, len(state.rows) // num_images))
         image_of = state.image_places[state.slots[:, 0]] // state.image_slots.shape[1]
         hidden = self._read(prefixes.index_select(0, image_of), state.ids[state.slots])
         return hidden.flatten(0, 1).index_select(0, state.places[state.target_rows])

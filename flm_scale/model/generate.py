@@ -44,8 +44,8 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
         raise ConfigError("objective.kind ('mlm') has no stream that reads from the left, so it cannot say a caption; use flm, ar or prefix_lm")
     if "head" in model.layers and isinstance(head := model.layers["head"], FrozenLm):
         assert isinstance(objective, Captioning), "the objective of a frozen language model"
-        said = head.generate(encode_images(model, pixels).rows, prompt_ids=[bos_id, *objective.prompt.tolist()], eos_id=eos_id,
-                             max_length=max_length + objective.num_added, beams=beams)
+        said = head.generate(encode_images(model, pixels).rows, [[bos_id, *objective.prompt.tolist()]] * len(pixels), end_ids=[eos_id],
+                             max_new=max_length - 1, beams=beams)
         return [Generated(ids, score) for ids, score in said]
     num_images, device = len(pixels), pixels.device
     decoder = CachedDecoder(model, encode_images(model, pixels), beams=beams)
@@ -88,6 +88,7 @@ class EncodedImages(NamedTuple):
     """As of State."""
 
 
+@torch.no_grad()
 def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> EncodedImages:
     """Run the tower, and the bridge where there is one."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)

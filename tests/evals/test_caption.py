@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm_scale.evals.caption import score_captions, words
+from flm_scale.evals.caption import other_pictures, score_captions, words
 
 REFERENCES = [["a red circle on a wall", "the circle"], ["a blue square in the sun"], ["some green triangle over there"]]
 
@@ -32,3 +32,19 @@ def test_cider_gives_less_for_words_that_all_pictures_share() -> None:
     common = score_captions(["a red thing", "a cow thing", "a pig thing", "a dog thing"], references)["CIDEr"]
     rare = score_captions(["one red dog", "one cow thing", "one pig thing", "one dog thing"], references)["CIDEr"]
     assert rare > common
+
+
+def test_every_picture_goes_once_to_a_picture_with_another_caption() -> None:
+    labels = ["a"] * 7 + ["b"] * 4 + ["c"] * 3
+    others = other_pictures(labels, seed=0)
+    assert sorted(others) == list(range(14))
+    assert all(labels[other] != label for label, other in zip(labels, others, strict=True))
+    assert others == other_pictures(labels, seed=0) != other_pictures(labels, seed=1)
+
+
+def test_where_most_pictures_share_a_caption_the_others_still_change() -> None:
+    labels = ["a"] * 5 + ["b", "c"]
+    others = other_pictures(labels, seed=0)
+    assert sorted(others) == list(range(7))
+    assert all(other != number for number, other in enumerate(others))
+    assert sum(labels[other] != label for label, other in zip(labels, others, strict=True)) == 4

@@ -19,7 +19,8 @@ from flm_scale.data.pack import pack
 from flm_scale.errors import CheckpointError, ConfigError, UserError
 from flm_scale.model import frozen_lm
 from flm_scale.model.frozen_lm import FAMILIES, FrozenLm, content_hash, language_shape, open_frozen
-from tests.synthetic import objective_of, random_examples, random_pixels, tiny_run
+from flm_scale.objectives.captioning import Answering
+from tests.synthetic import caption_ids, objective_of, random_examples, random_pixels, tiny_run
 
 PREFIX = 5
 BOS, EOS = 1, 2
@@ -116,6 +117,24 @@ def test_logits_loss_and_gradients_are_transformers_own(family: str, models: dic
     assert torch.equal(correct, ours.logits(state).argmax(-1) == state.target_ids)
     loss.mean().backward()
     torch.testing.assert_close(state.rows.grad, wanted_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_answers_is_transformers_own_with_questions_left_out(family: str, models: dict) -> None:
+    """Questions of several lengths, which are read and no target."""
+    folder, theirs = models[family]
+    ours, rng = opened(folder), np.random.default_rng(0)
+    num_read = [3, 1, 6, 2, 4, 5]
+    texts = [caption_ids(8 - number, rng) for number in range(6)]
+    examples = iter(Answering().corrupt(np.append(ids, read), rng)[0] for ids, read in zip(texts, num_read, strict=True))
+    state = pack([[next(examples) for _ in range(count)] for count in COUNTS], random_pixels(len(COUNTS), rng))
+    state = state._replace(rows=torch.randn(len(COUNTS) * PREFIX, ours.lm.get_input_embeddings().embedding_dim))
+    embeds, mask, labels = padded(theirs, state, COUNTS)
+    for row, read in zip(labels, num_read, strict=True):
+        row[:PREFIX + read] = -100
+    loss, _ = ours(state)
+    assert len(loss) == int((labels != -100).sum())
+    torch.testing.assert_close(loss.mean(), theirs(inputs_embeds=embeds, attention_mask=mask, labels=labels).loss, rtol=0, atol=1e-5)
 
 
 def test_a_large_batch_is_scored_chunk_by_chunk_with_the_same_gradients(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +257,7 @@ def test_generation_is_transformers_own(family: str, beams: int, models: dict) -
     ours = opened(folder, recompute=True)
     prefixes = torch.randn(4, PREFIX, theirs.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(1))
     prompt = [BOS, 7, 9]
-    said = ours.generate(prefixes, prompt_ids=prompt, eos_id=EOS, max_length=12, beams=beams)
+    said = ours.generate(prefixes, [prompt] * 4, end_ids=[EOS], max_new=9, beams=beams)
     assert ours.lm.training
     table = theirs.get_input_embeddings()
     embeds = torch.cat([prefixes, table(torch.tensor(prompt)).expand(4, -1, -1)], dim=1)
@@ -252,12 +271,39 @@ def test_generation_is_transformers_own(family: str, beams: int, models: dict) -
         assert score == pytest.approx(float(logits.log_softmax(-1)[torch.arange(len(tokens)), tokens].mean().detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_unlike_lengths_are_continued_as_one_by_one(family: str, beams: int, models: dict) -> None:
+    """Token by token, whichever way a family finds its positions behind padding on the left; also without a picture, and with another penalty."""
+    ours = opened(models[family][0])
+    rows = torch.randn(4, PREFIX, ours.lm.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(2))
+    prompts = [[BOS, 7, 9, 11, 13], [BOS], [BOS, 20, 21], [BOS, 30, 31, 32, 33, 34, 35]]
+    for prefixes, penalty in ((rows, 1.0), (rows, 0.0), (ours.no_pictures(4), 1.0)):
+        options: dict[str, Any] = {"end_ids": [EOS, 5, 8], "max_new": 10, "beams": beams, "length_penalty": penalty}
+        alone = [ours.generate(prefixes[[number]], [prompt], **options)[0] for number, prompt in enumerate(prompts)]
+        together = ours.generate(prefixes, prompts, **options)
+        assert [ids for ids, _ in together] == [ids for ids, _ in alone]
+        assert [score for _, score in together] == pytest.approx([score for _, score in alone], abs=1e-4)
+        assert not {EOS, 5, 8} & {token for ids, _ in together for token in ids}
+
+
+def test_what_ends_a_text_waits_for_the_least_length(models: dict) -> None:
+    ours = opened(models["llama"][0])
+    rows = torch.randn(1, PREFIX, 32, generator=torch.Generator().manual_seed(3))
+    (said, _), = ours.generate(rows, [[BOS, 7]], end_ids=[EOS], max_new=6)
+    (nothing, _), = ours.generate(rows, [[BOS, 7]], end_ids=[EOS, said[0]], max_new=6)
+    (something, _), = ours.generate(rows, [[BOS, 7]], end_ids=[EOS, said[0]], max_new=6, min_new=2)
+    assert nothing == []
+    assert len(something) >= 2
+    assert said[0] not in something
+
+
 def test_what_its_folder_says_of_sampling_is_not_followed(tmp_path: Path) -> None:
     write_model("llama", tmp_path)
     prefixes, said = torch.randn(2, PREFIX, 32), []
     for values in ({}, {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "forced_bos_token_id": 8}):
         (tmp_path / "generation_config.json").write_text(json.dumps(values))
-        said.append(opened(tmp_path).generate(prefixes, prompt_ids=[BOS], eos_id=EOS, max_length=12))
+        said.append(opened(tmp_path).generate(prefixes, [[BOS]] * 2, end_ids=[EOS], max_new=11))
     assert said[0] == said[1]
 
 
@@ -377,7 +423,7 @@ def test_loading_and_generating_say_nothing(models: dict, tmp_path: Path, printe
     folder = shutil.copytree(models["qwen2"][0], tmp_path / "qwen2")
     assert HEAD not in shards_of(folder)
     rewrite(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    opened(folder).generate(torch.randn(2, PREFIX, 32), prompt_ids=[BOS], eos_id=EOS, max_length=9, beams=2)
+    opened(folder).generate(torch.randn(2, PREFIX, 32), [[BOS]] * 2, end_ids=[EOS], max_new=8, beams=2)
     assert not printed()
     assert (get_verbosity(), is_progress_bar_enabled()) == before
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flm_scale.config import MlmConfig, PrefixLmConfig
 from flm_scale.objectives.ar import Ar
-from flm_scale.objectives.captioning import Captioning
+from flm_scale.objectives.captioning import Answering, Captioning
 from flm_scale.objectives.mlm import Mlm
 from flm_scale.objectives.prefix_lm import PrefixLm
 from tests.synthetic import MASK_ID, caption_ids
@@ -91,6 +91,20 @@ def test_captioning_reads_the_prompt_behind_the_first_token_and_predicts_the_cap
     assert (example.ids[example.target_rows + 1] == example.target_ids).all()
     assert (example.last[0] == np.arange(example.length)).all()
     assert objective.whole(ids).pooled_row == example.length - 1
+
+
+@given(n=st.integers(1, 20), num_read=st.integers(1, 20))
+@settings(max_examples=50)
+def test_answering_reads_the_question_and_predicts_the_answer_alone(n: int, num_read: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = caption_ids(n, rng)
+    num_read = min(num_read, n + 1)
+    (example,) = Answering().corrupt(np.append(ids, num_read), rng)
+    assert (example.ids == ids).all()
+    assert (example.target_ids == ids[num_read:]).all()
+    assert (example.ids[example.target_rows + 1] == example.target_ids).all()
+    assert [Answering.parts[part] for part in example.target_parts] == ["forward"] * (n + 1 - num_read) + ["eos"]
+    assert Answering().whole(np.append(ids, num_read)).pooled_row == example.length - 1
 
 
 def test_likelihood_views_score_every_content_token_once() -> None:
