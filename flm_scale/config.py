@@ -243,6 +243,8 @@ class OptimConfig(Section):
     clip_norm: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr_share: float = Field(0.0, ge=0, le=1)
+    """Share of the peak rate that is left at the last step of a schedule that decays."""
     warmup_steps: int = Field(100, ge=0)
 
 

@@ -5,7 +5,7 @@ Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width;
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -165,6 +165,14 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
         for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
             module.requires_grad_(True)
     return layers
+
+
+def tower_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a tower's weights by name, rounded to bfloat16: a run in that precision keeps no more of them."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + weight.detach().cpu().to(torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str]) -> Account:
