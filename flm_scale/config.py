@@ -203,6 +203,8 @@ class OptimConfig(Section):
     clip_norm: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr_share: float = Field(0.0, ge=0, le=1)
+    """Share of the peak rate that is left at the last step of a schedule that decays."""
     warmup_steps: int = Field(100, ge=0)
 
 
@@ -319,10 +321,11 @@ class Run(Section):
 
     @property
     def vit(self) -> OpenClipVisionConfig | SmallVisionConfig:
-        """The tower of a run with a text transformer of its own, which is a ViT. Raises ConfigError for another one."""
+        """The vision tower, a ViT. Raises ConfigError for another one."""
         if not isinstance(self.vision, ConvNetConfig):
             return self.vision
-        raise ConfigError(f"vision.kind ('{self.vision.kind}') goes with a frozen language model alone; choose open_clip or vit")
+        raise ConfigError(f"vision.kind ('{self.vision.kind}'): this is made for ViTs; convolutional networks train behind a frozen language model, "
+                          "and are neither planned nor exported; choose open_clip or vit")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

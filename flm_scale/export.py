@@ -58,7 +58,7 @@ class Tower(NamedTuple):
 
 
 def build_tower(vision: dict[str, Any]) -> Tower:
-    """Return a tower whose weights are yet to be loaded. Raises ValueError for a name that the installed open_clip does not know."""
+    """Return a tower, with its weights where it names some. Raises ValueError for a name that the installed open_clip does not know."""
     import open_clip
 
     if vision["kind"] == "vit":
@@ -70,7 +70,10 @@ def build_tower(vision: dict[str, Any]) -> Tower:
         raise ValueError(f"open_clip {open_clip.__version__} has no model '{vision['name']}', which this model's pictures are read with; update it")
     sizes = model["vision_cfg"] | {"image_size": vision["image_size"]}
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
-    visual = open_clip.CLIP(embed_dim=model["embed_dim"], vision_cfg=sizes, text_cfg=text, quick_gelu=model.get("quick_gelu", False)).visual
+    if vision.get("pretrained"):
+        visual = open_clip.create_model(vision["name"], pretrained=vision["pretrained"], force_image_size=vision["image_size"]).visual
+    else:
+        visual = open_clip.CLIP(embed_dim=model["embed_dim"], vision_cfg=sizes, text_cfg=text, quick_gelu=model.get("quick_gelu", False)).visual
     if not hasattr(visual, "trunk"):
         norms_tokens = visual.attn_pool is None and not visual.final_ln_after_pool
         blocks = list(visual.transformer.resblocks)

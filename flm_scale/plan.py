@@ -5,6 +5,7 @@ Assumed: the micro-batch is a typical one (observe/layer_cost.py), a GPU reaches
 over NVLink or the network takes the times below, with nothing overlapped.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from flm_scale.config import Run, micro_steps
+from flm_scale.config import Run, TextConfig, micro_steps
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.engine.deepspeed_config import merge_deepspeed, read_template
 from flm_scale.errors import ConfigError
 from flm_scale.model.outline import outline
-from flm_scale.model.parts import TARGETS_PER_CHUNK
 from flm_scale.objectives.objective import build_objective
 from flm_scale.observe.cost import VisionShape, forward_flops, training_flops
 from flm_scale.observe.footprint import Footprint, footprints
 from flm_scale.observe.layer_cost import expected_shapes, is_recomputed, layer_flops, stage_bounds, stage_costs, typical_pairs
-from flm_scale.observe.memory import buffer_bytes, element_bytes, state_bytes
+from flm_scale.observe.memory import buffer_bytes, element_bytes, state_bytes, weight_bytes
 from flm_scale.parallel.mesh import Layout, find_layout
 
 if TYPE_CHECKING:
@@ -155,9 +156,9 @@ def open_model(run: Run) -> Model:
     layers = outline(run, build_objective(run.objective, mask_id=0))
     entry = cast("VisionEntry", layers["vision_entry"])
     return Model(layers, VisionShape(
-        width=entry.patches.out_channels, layers_run=sum(name.startswith("vision_") for name in layers) - 2, patch_size=entry.patches.kernel_size[0],
-        image_size=run.vision.image_size, prefix_tokens=int(entry.class_embedding is not None), merged=run.vision.merged,
-        block_weights=sum(weight.numel() for weight in layers["vision_0"].parameters() if weight.ndim == 2)))
+        width=entry.patches.out_channels, layers_run=len([name for name in layers if re.fullmatch(r"vision_\d+", name)]),
+        patch_size=entry.patches.kernel_size[0], image_size=run.vision.image_size, prefix_tokens=int(entry.class_embedding is not None),
+        merged=run.vision.merged, block_weights=sum(weight.numel() for weight in layers["vision_0"].parameters() if weight.ndim == 2)))
 
 
 def estimate(run: Run, machine: Machine, model: Model) -> Estimate:
@@ -193,12 +194,8 @@ def stage_memory(run: Run, config: dict[str, Any], names: Sequence[str], weights
     state = state_bytes(weights, run, config, data_size=data_size)
     before = {name: left_behind[previous].leaving for previous, name in pairwise(left_behind)}
     kept = sum(before[name] if is_recomputed(run, name) else left_behind[name].saved for name in names)
-    # A layer's gradients are about as large as what it kept, and where it is recomputed that stands beside them.
-    busiest = max(left_behind[name].saved * (1 + is_recomputed(run, name)) for name in names)
-    if "head" in names:
-        rows = run.transformer.vocab_size / run.parallel.tensor
-        # A chunk's logits and, in float32, the sum of the table's gradients and the chunk's.
-        busiest = max(busiest, 8 * TARGETS_PER_CHUNK * rows + 8 * rows * run.transformer.width)
+    # What a layer kept stands beside its gradients where it is recomputed.
+    busiest = max(left_behind[name].working + left_behind[name].saved * is_recomputed(run, name) for name in names)
     return Memory(*state, activations=in_flight * kept, buffers=busiest + buffer_bytes(weights, run, config))
 
 
@@ -207,7 +204,7 @@ def replica_bytes(run: Run, config: dict[str, Any], weights: list[Tensor], *, da
     element = element_bytes(run.precision)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     gradients, gathered = element_bytes(config.get("communication_data_type", run.precision)) * trained, element * trained
-    whole = element * sum(weight.numel() for weight in weights)
+    whole = weight_bytes(weights, run)
     # A sum for everyone is a sum of which each gets a share (1) and the gathering of the shares (1). ZeRO 2 too sums for everyone, unless its
     # template says otherwise, and at every micro-step.
     sent = {0: 2 * gradients, 1: 2 * gradients + gathered, 2: 2 * steps * gradients + gathered,
@@ -218,9 +215,11 @@ def replica_bytes(run: Run, config: dict[str, Any], weights: list[Tensor], *, da
 def variants(run: Run, machine: Machine) -> Iterator[Run]:
     """Yield the run under every layout worth a look: tensor groups within a node, up to 16 stages, ZeRO 1 to 3, recomputing or not."""
     powers = [2 ** i for i in range(11)]
-    tensors = [tensor for tensor in powers if machine.gpus_per_node % tensor == 0 and run.transformer.heads % tensor == 0]
-    merges = any(run.vision.merged)
-    for tensor, pipe, zero, recompute in product(tensors, powers[: 1 if merges else 5], (1, 2, 3), (False, True)):
+    merges, tensors, pipes = any(run.vision.merged), [1], [1]  # each process runs a frozen language model whole
+    if isinstance(run.text, TextConfig):
+        tensors = [tensor for tensor in powers if machine.gpus_per_node % tensor == 0 and run.text.heads % tensor == 0]
+        pipes = powers[: 1 if merges else 5]
+    for tensor, pipe, zero, recompute in product(tensors, pipes, (1, 2, 3), (False, True)):
         if machine.size % (tensor * pipe) == 0 and (pipe == 1 or zero == 1):
             vision: Literal["replicated", "shard_batch"] = "shard_batch" if tensor > 1 and not merges else "replicated"
             yield run.replace(recompute=recompute, parallel=run.parallel.replace(
@@ -274,8 +273,11 @@ def print_plan(run: Run, machine: Machine) -> None:
     console = Console(highlight=False, width=max(console.width, NARROWEST))
     whole = open_model(run.replace(parallel=run.parallel.replace(tensor=1)))
     trained = sum(weight.numel() for weight in whole.layers.parameters() if weight.requires_grad)
-    console.print(f"{run.name}: {run.objective.kind}, {trained:,} weights to train, {run.precision}; {run.batch.micro_batches} micro-batches of "
-                  f"{typical_pairs(run)} pairs a step; {machine.nodes} x {machine.gpus_per_node} GPUs of {machine.gpu_gb:g} GB\n")
+    pairs = typical_pairs(run)
+    work = training_flops(run, forward_flops(run, expected_shapes(run), whole.vision)) / pairs
+    console.print(f"{run.name}: {run.objective.kind}, {trained:,} weights to train, {run.precision}; {work / 1e12:.3f} TFLOP a pair in training; "
+                  f"{run.batch.micro_batches} micro-batches of {pairs} pairs a step; {machine.nodes} x {machine.gpus_per_node} GPUs of "
+                  f"{machine.gpu_gb:g} GB\n")
     console.print(parts_table(run, whole))
     found = cheapest(run, machine)
     shown = [one for one in found if one.fits][:LAYOUTS_SHOWN]
@@ -297,20 +299,29 @@ def print_plan(run: Run, machine: Machine) -> None:
 
 def parts_table(run: Run, model: Model) -> "Table":
     """Return weights and forward FLOPs of each part of the model."""
-    table = new_table("part", "weights", "forward GFLOP a pair", "share")
-    by_layer, by_part = layer_flops(run, expected_shapes(run), model.vision), forward_flops(run, expected_shapes(run), model.vision)
-    flops = {"vision": sum(flops for name, flops in by_layer.items() if name.startswith("vision_")), "text_entry": by_layer["text_entry"],
-             "bottom": by_part["bottom"], "fusion": by_part["fusion"] + by_layer["fusion_entry"], "reconstructor": by_part["reconstructor"],
-             "head": by_part["head"]}
-    weights = dict.fromkeys(flops, 0)
+    table = new_table("part", "weights", "of them trained", "forward GFLOP a pair", "share")
+    flops = part_flops(run, model.vision)
+    weights, trained = dict.fromkeys(flops, 0), dict.fromkeys(flops, 0)
     for name, weight in model.layers.named_parameters():
         layer = name.split(".", 1)[0]
-        part = "reconstructor" if ".reconstructor." in name else layer if layer in weights else layer.split("_")[0]
+        part = "reconstructor" if ".reconstructor." in name else layer if layer in flops else layer.split("_")[0]
+        part = part if part in flops else "language_model"
         weights[part] += weight.numel()
-    for part, count in [*weights.items(), ("all", sum(weights.values()))]:
-        work = flops.get(part, sum(flops.values()))
-        table.add_row(part, f"{count:,}", f"{work / typical_pairs(run) / 1e9:.1f}", f"{work / sum(flops.values()):.0%}")
+        trained[part] += weight.numel() * weight.requires_grad
+    for part in (*flops, "all"):
+        count, learn, work = (sum(column.values()) if part == "all" else column[part] for column in (weights, trained, flops))
+        table.add_row(part, f"{count:,}", f"{learn:,}", f"{work / typical_pairs(run) / 1e9:.1f}", f"{work / sum(flops.values()):.0%}")
     return table
+
+
+def part_flops(run: Run, vision: VisionShape) -> dict[str, float]:
+    """Return the forward FLOPs of each row of that table in a typical micro-batch."""
+    by_layer, by_part = layer_flops(run, expected_shapes(run), vision), forward_flops(run, expected_shapes(run), vision)
+    if isinstance(run.text, LanguageModelConfig):
+        return {"vision": by_part["vision"], "bridge": by_part["bridge"], "language_model": by_layer["head"]}
+    return {"vision": sum(flops for name, flops in by_layer.items() if name.startswith("vision_")), "text_entry": by_layer["text_entry"],
+            "bottom": by_part["bottom"], "fusion": by_part["fusion"] + by_layer["fusion_entry"], "reconstructor": by_part["reconstructor"],
+            "head": by_part["head"]}
 
 
 def layouts_table(shown: Sequence[Estimate], own: Estimate | None = None) -> "Table":

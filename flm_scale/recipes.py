@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flm_scale.config import (
     ArConfig,
+    AugmentConfig,
     BatchConfig,
     CaptioningConfig,
     DataConfig,
@@ -84,6 +85,51 @@ def simvlg_demo() -> Run:
         parallel=ParallelConfig(engine="deepspeed", zero=1),
         log=LogConfig(validate_every_steps=50),
     )
+
+
+def simvlg_opt_2_7b() -> Run:
+    """The published SimVLG: EVA's ViT-g/14 without its last block, a bridge from 257 rows to 29, OPT-2.7B; 88 M weights to train, 3.6 B frozen.
+
+    Command: srun python -m flm_scale train simvlg_opt_2_7b, with --steps 250000 for the longer published run.
+    Needs: LAION-115M and CCS-14M with synthetic captions and COCO under data/laion, data/ccs and data/coco, their captions encoded (flm tokenizer
+    encode DATA --tokenizer models/opt-2.7b); facebook/opt-2.7b as safetensors with a tokenizer.json in models/opt-2.7b (docs/simvlg.md); a download
+    of the tower's weights.   Expect: not trained here, so no score is claimed.
+    As published, but for: bf16 instead of fp16; no dropout, in the bridge or in OPT; BOS is no target, and EOS, not a line break, ends a caption;
+    captions are read as they are; the rate falls at every step, not at every 5,000th; the encoder starts from random unless
+    --text.bridge.pretrained google-bert/bert-base-uncased is added. --text.bridge.reducer.weighted takes the mean of patches, our default elsewhere.
+    Captions of 14 tokens with BOS and EOS are assumed. 64 micro-batches keep at most 64 GPUs busy.
+    Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 12 GB, 0.60 s
+        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 12 GB, 0.60 s
+       64 x  80 GB: tensor 1, pipe 1, data 64, ZeRO 1: 12 GB, 0.08 s
+    """
+    return Run(
+        name="simvlg_opt_2_7b", steps=150_000, precision="bf16", objective=CaptioningConfig(),
+        vision=OpenClipVisionConfig(name="EVA01-g-14", pretrained="laion400m_s11b_b41k", image_size=224, trainable=False),
+        text=LanguageModelConfig(name="models/opt-2.7b", max_length=32, bridge=BridgeConfig(reducer=MergeConfig(merged=(19,), weighted=False))),
+        data=DataConfig(path=Path("data/laion"), also=(Path("data/ccs"), Path("data/coco")), weights=(15, 4, 1), captions_per_image=1, workers=8,
+                        augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True)),
+        batch=BatchConfig(micro_batches=64, text_tokens=350, captions=25, images=25),
+        optim=OptimConfig(lr=1e-4, pretrained_lr_scale=1.0, beta2=0.999, weight_decay=0.05, clip_norm=0.0, schedule="cosine", final_lr_share=0.1,
+                          warmup_steps=5000),
+        parallel=ParallelConfig(engine="deepspeed", zero=1), log=LogConfig(validate_every_steps=1000, save_every_steps=1000))
+
+
+def simvlg_7b() -> Run:
+    """SimVLG into Vicuna-7B: 89 M weights to train, 7.7 B frozen.
+
+    Command: srun python -m flm_scale train simvlg_7b.   Needs and deviations as of simvlg_opt_2_7b, but Vicuna-7B in models/vicuna-7b, and no LAION.
+    Expect: not trained here, so no score is claimed. Steps, batch and mix (45 : 5) are those of the published code's short run: 160 pairs a step.
+    8 micro-batches keep at most 8 GPUs busy; on more, raise --batch.micro-batches and --optim.lr.
+    Estimated by `flm plan` at 35 % of 989 TFLOP/s (H100, H200), the quickest layout that fits; memory a GPU, time a step:
+        8 x  80 GB: tensor 1, pipe 1, data 8, ZeRO 1: 23 GB, 0.10 s
+        8 x 141 GB: tensor 1, pipe 1, data 8, ZeRO 1: 23 GB, 0.10 s
+    """
+    run = simvlg_opt_2_7b()
+    return run.replace(
+        name="simvlg_7b", steps=60_000, text=run.text.replace(name="models/vicuna-7b"),
+        data=run.data.replace(path=Path("data/ccs"), also=(Path("data/coco"),), weights=(45, 5)),
+        batch=BatchConfig(micro_batches=8, text_tokens=280, captions=20, images=20))
 
 
 def flm_base() -> Run:
@@ -206,4 +252,5 @@ def flm_10b() -> Run:
 
 
 RECIPES: dict[str, Callable[[], Run]] = {recipe.__name__: recipe for recipe in (
-    demo, demo_mlm, demo_ar, demo_prefix_lm, debug, simvlg_demo, flm_base, mlm_base, ar_base, prefix_lm_base, flm_1b, flm_3b, flm_10b)}
+    demo, demo_mlm, demo_ar, demo_prefix_lm, debug, simvlg_demo, simvlg_opt_2_7b, simvlg_7b, flm_base, mlm_base, ar_base, prefix_lm_base, flm_1b,
+    flm_3b, flm_10b)}

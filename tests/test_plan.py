@@ -12,20 +12,23 @@ import torch
 
 from flm_scale.cli import main
 from flm_scale.config import BatchConfig, ParallelConfig, Run, TextConfig
+from flm_scale.config_lm import LanguageModelConfig, NoReducerConfig
 from flm_scale.config_vision import OpenClipVisionConfig
 from flm_scale.errors import ConfigError
-from flm_scale.model.assemble import layer_builders
+from flm_scale.model.assemble import build_model, layer_builders
 from flm_scale.model.outline import outline
 from flm_scale.model.parts import PlainParts
 from flm_scale.model.vision import named_sizes
-from flm_scale.observe.cost import vision_shape
+from flm_scale.observe.cost import forward_flops, training_flops, vision_shape
 from flm_scale.observe.layer_cost import expected_shapes
 from flm_scale.plan import Estimate, Machine, cheapest, estimate, open_model, warnings
 from flm_scale.recipes import RECIPES
-from tests.synthetic import OBJECTIVES, objective_of, tiny_run
+from tests.language import write_language_model
+from tests.synthetic import OBJECTIVES, objective_of, tiny_language_run, tiny_run
 
 GPU_SIZES = ((8, 80), (8, 141), (64, 80), (64, 141), (256, 80), (256, 141))
 PLANNED = dict.fromkeys(("flm_base", "flm_1b", "flm_3b", "flm_10b"), GPU_SIZES) | dict.fromkeys(("mlm_base", "ar_base", "prefix_lm_base"), ((8, 80),))
+PLANNED |= {"simvlg_opt_2_7b": GPU_SIZES[:3], "simvlg_7b": GPU_SIZES[:2]}
 
 
 def own_estimate(run: Run, machine: Machine) -> Estimate:
@@ -51,11 +54,27 @@ def real_layers(run: Run) -> dict[str, torch.nn.Module]:
         return {name: build() for name, build in layer_builders(run, objective_of(run), PlainParts(), load_pretrained=False).items()}
 
 
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All recipes, those around a language model with a folder that has nothing but the config.json of theirs."""
+    from transformers import LlamaConfig, OPTConfig
+
+    folder = tmp_path_factory.mktemp("language_models")
+    OPTConfig(hidden_size=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32, word_embed_proj_dim=2560).save_pretrained(folder / "opt")
+    LlamaConfig(max_position_embeddings=2048).save_pretrained(folder / "7b")  # whose defaults are LLaMA-7B's sizes, and Vicuna-7B's
+    LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                tie_word_embeddings=True).save_pretrained(folder / "smollm2")
+    names = {"simvlg_opt_2_7b": "opt", "simvlg_7b": "7b", "simvlg_demo": "smollm2"}
+    runs = {name: recipe() for name, recipe in RECIPES.items()}
+    return {name: run.replace(text=run.text.replace(name=str(folder / names[name]))) if isinstance(run.text, LanguageModelConfig) else run
+            for name, run in runs.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PLANNED)
-def test_a_recipes_docstring_says_what_the_plan_says(recipe: str) -> None:
+def test_a_recipes_docstring_says_what_the_plan_says(recipes: dict[str, Run], recipe: str) -> None:
     for size, gpu_gb in PLANNED[recipe]:
-        best = cheapest(RECIPES[recipe](), Machine(nodes=size // 8, gpu_gb=gpu_gb))[0]
+        best = cheapest(recipes[recipe], Machine(nodes=size // 8, gpu_gb=gpu_gb))[0]
         assert best.fits
         assert line_of(best) in (RECIPES[recipe].__doc__ or ""), line_of(best)
 
@@ -206,6 +225,79 @@ def test_the_command_takes_overrides_and_run_directories(tmp_path: Path, capsys:
     assert "batch.micro_batches (8) must be a multiple of the number of data-parallel processes (3)" in capsys.readouterr().out
     assert main(["plan"]) == 0
     assert "flm_10b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("recipe", "bridge", "language_model"), [
+    ("simvlg_opt_2_7b", 88_307_712, 2_651_596_800), ("simvlg_7b", 89_488_896, 6_738_415_616)])
+def test_weights_around_a_frozen_language_model_are_counted_from_its_config_alone(recipes: dict[str, Run], recipe: str, bridge: int,
+                                                                                  language_model: int) -> None:
+    """OPT-2.7B's and LLaMA-7B's own counts, and about 88.5 million to train, as published. ViT-g's tower is EVA's without its last block."""
+    layers = open_model(recipes[recipe]).layers
+    sides = {side: sum(weight.numel() for name, weight in layers.named_parameters() if name.startswith(side))
+             for side in ("vision", "bridge", "head")}
+    assert sides == {"vision": 985_894_528, "bridge": bridge, "head": language_model}
+    assert {name.split("_")[0] for name, weight in layers.named_parameters() if weight.requires_grad} == {"bridge"}
+    assert list(layers)[39:41] == ["vision_38", "bridge_entry"]
+
+
+def test_layers_around_a_real_language_model_are_counted_exactly(tmp_path: Path) -> None:
+    run = tiny_language_run(write_language_model(tmp_path / "model"))
+    assert weights_by_layer(outline(run, objective_of(run))) == weights_by_layer(dict(build_model(run, objective_of(run)).layers))
+
+
+def test_flops_are_those_calculated_for_the_published_run(recipes: dict[str, Run]) -> None:
+    """1.032 TFLOP a pair with captions of 12 tokens, half of it the tower's forward pass; 3.4 times that without merging, 4.6 times for 7B.
+
+    The published code makes logits of all 41 rows, and we of the 11 that are targets.
+    """
+    merging = {}
+    for recipe, times in (("simvlg_opt_2_7b", 3.4), ("simvlg_7b", 4.6)):
+        run = recipes[recipe]
+        run = run.replace(batch=run.batch.replace(text_tokens=12 * run.batch.captions))
+        work = []
+        for bridge in (run.text.bridge, run.text.bridge.replace(reducer=NoReducerConfig())):
+            run = run.replace(text=run.text.replace(bridge=bridge))
+            forward = forward_flops(run, expected_shapes(run), vision_shape(run.vision, named_sizes(run.vision.name)))
+            parts = {part: training_flops(run, {part: flops}) / run.batch.captions for part, flops in forward.items()}
+            work.append(sum(parts.values()))
+            merging.setdefault(recipe, parts)
+        assert work[1] / work[0] == pytest.approx(times, abs=0.05)
+    parts = merging["simvlg_opt_2_7b"]
+    parts["head"] *= 41 / 11
+    total = sum(parts.values())
+    assert total == pytest.approx(1.032e12, rel=0.002)
+    shares = [parts["vision"] / total, parts["bridge"] / total, (parts["language_model"] + parts["head"]) / total]
+    assert shares == pytest.approx([0.50, 0.07, 0.42], abs=0.01)
+
+
+def test_a_frozen_language_model_costs_its_weights_once_a_process_and_no_more(recipes: dict[str, Run]) -> None:
+    """It has no gradient and no moment; ZeRO 3 alone shares its weights. Recomputing leaves its layers' inputs, and costs a forward pass."""
+    run, machine = recipes["simvlg_7b"], Machine()
+    found = cheapest(run, machine)
+    assert {one.layout for one in found} == {(1, 1, 8)}, "tensor and pipe are refused for such runs"
+    model = open_model(run)
+    one, two, three = (estimate(run.replace(parallel=run.parallel.replace(zero=zero)), machine, model) for zero in (1, 2, 3))
+    frozen, trained = 985_894_528 + 6_738_415_616, 89_488_896
+    assert one.largest.weights == two.largest.weights == 2 * (frozen + trained)
+    assert one.largest.gradients == 6 * trained
+    assert one.largest.optimizer == 12 * trained / 8
+    assert three.largest.weights == pytest.approx(2 * (frozen + trained) / 8, rel=0.01)
+    assert one.seconds <= two.seconds < three.seconds, "it is gathered in every micro-step"
+    again = estimate(run.replace(recompute=True), machine, model)
+    assert again.largest.activations < 0.2 * one.largest.activations
+    assert 1.2 < again.stage_flops[0] / one.stage_flops[0] < 1.4
+    in_float32 = own_estimate(run.replace(text=run.text.replace(dtype="fp32")), machine)
+    assert in_float32.largest.weights - one.largest.weights == 2 * 6_738_415_616
+
+
+def test_a_run_around_a_language_model_is_planned_part_by_part(recipes: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
+    name = str(recipes["simvlg_demo"].text.name)
+    assert main(["plan", "simvlg_demo", "--text.name", name, "--gpus-per-node", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "language_model  134,515,008                0" in out
+    assert [line for line in out.splitlines() if line.startswith("*")]
+    assert main(["plan", "simvlg_demo", "--text.name", "models/smollm2"]) == 2
+    assert "to plan, a folder with its config.json alone is enough" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -8,7 +8,7 @@ from typing import Any
 
 from flm_scale.checkpoint.reader import Checkpoint
 from flm_scale.checkpoint.store import MANIFEST, folders_of
-from flm_scale.config import Run
+from flm_scale.config import Run, TextConfig
 from flm_scale.data.shards import Dataset
 
 CARD = """---
@@ -23,7 +23,7 @@ tags: [flm_scale, {objective}]
 A vision-language model of {millions:,.1f} million weights, pretrained with flm_scale: recipe `{name}`, objective `{objective}`,
 {steps} of {all_steps} steps.
 Vision: {vision}, {image_size} x {image_size} pixels.
-Text: width {width}, {bottom} layers that read text alone, {fusion} that look at the picture.
+Text: {text}.
 
 Data: {dataset}, `{root}`.{sources}
 
@@ -65,6 +65,16 @@ ids = tokenizer("a picture", return_tensors="pt")
 ids["input_ids"][0, 1] = tokenizer.mask_token_id
 print(tokenizer.decode(model(**ids, **processor(Image.open("picture.png"))).logits[0, 1].argmax()))
 """
+BRIDGE_SCRIPT = """from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"  # where this file is
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # language_model="..." where that is in another folder
+tokenizer = AutoTokenizer.from_pretrained(model.config.language_model)
+said = model.generate(**processor(Image.open("picture.png")))
+print(tokenizer.decode(said[0], skip_special_tokens=True))
+"""
 RECONSTRUCT = """
 `model.reconstruct(pixel_values, input_ids, spans)` gives the logits of tokens that are hidden in any span, from what is left and right of it.
 """
@@ -73,14 +83,23 @@ RECONSTRUCT = """
 def model_card(run_dir: Path, run: Run, checkpoint: Checkpoint, dataset: Dataset, *, out: Path) -> str:
     """Return the text. Scores are those in RUN/evals of this very checkpoint. out: what the folder will be called."""
     vision, sources = run.vision, dataset.manifest.sources
-    script = MLM_SCRIPT if run.objective.kind == "mlm" else CAPTION_SCRIPT
+    script = {"mlm": MLM_SCRIPT, "captioning": BRIDGE_SCRIPT}.get(run.objective.kind, CAPTION_SCRIPT)
     return CARD.format(
         name=run.name, objective=run.objective.kind, millions=sum(map(prod, checkpoint.names().values())) / 1e6, steps=checkpoint.step,
         all_steps=run.steps, vision=f"a ViT of {vision.layers} layers, width {vision.width}" if vision.kind == "vit" else vision.name,
-        image_size=vision.image_size, width=run.transformer.width, bottom=run.transformer.bottom_layers, fusion=run.transformer.fusion_layers,
-        dataset=dataset.manifest.name, root=dataset.manifest.root, folder=out.name, script=script.format(folder=out.name),
+        image_size=vision.image_size, text=text_words(run), dataset=dataset.manifest.name, root=dataset.manifest.root,
+        folder=out.name, script=script.format(folder=out.name),
         sources="".join(f" {source.package} {source.version} ({source.license})." for source in sources),
         more=RECONSTRUCT if run.objective.kind == "flm" else "", scores="\n".join(score_lines(run_dir, checkpoint)) or "None yet.")
+
+
+def text_words(run: Run) -> str:
+    """Return what the card says of the text side."""
+    text = run.text
+    if isinstance(text, TextConfig):
+        return f"width {text.width}, {text.bottom_layers} layers that read text alone, {text.fusion_layers} that look at the picture"
+    return (f"a bridge of {text.bridge.layers} layers into {text.name}, which never changes and is not in this folder: it is opened by that name, "
+            f"and must have the sha256 {text.weights_hash}")
 
 
 def score_lines(run_dir: Path, checkpoint: Checkpoint) -> Iterator[str]:

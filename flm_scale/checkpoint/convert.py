@@ -21,7 +21,7 @@ from flm_scale.checkpoint.store import begin, commit, folders_of, write_rank
 from flm_scale.checkpoint.weights import checkpoint_at
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
-from flm_scale.model.assemble import is_pretrained, is_table, tie
+from flm_scale.model.assemble import is_pretrained, is_table, is_tied, tie
 from flm_scale.model.outline import named_outline
 from flm_scale.model.parts import Piece, shard_of
 from flm_scale.objectives.objective import build_objective
@@ -68,7 +68,7 @@ def rank_pieces(run: Run, layout: Layout, *, bounds: Sequence[int], checkpoint: 
     ranks: list[list[Piece]] = [[] for _ in range(layout.size)]
     for stage, (first, last) in enumerate(pairwise(bounds)):
         held = dict(list(layers.items())[first:last])
-        if run.transformer.tied:
+        if is_tied(run):
             tie(held)
         for data_index in range(layout.data):
             for name, parameter, start, end in replica_share(run, held, index=data_index, count=layout.data):
@@ -90,9 +90,9 @@ def rank_pieces(run: Run, layout: Layout, *, bounds: Sequence[int], checkpoint: 
 def replica_share(run: Run, layers: dict[str, nn.Module], *, index: int, count: int) -> Iterator[tuple[str, Tensor, int, int]]:
     """Yield (name, weight, first value, end) of what a replica updates: an even share of each of the optimizer's groups, laid end to end.
 
-    As ZeRO 1 and 2 cut them (DeepSpeed's zero/stage_1_and_2.py). Frozen weights are the first replica's.
+    As ZeRO 1 and 2 cut them (DeepSpeed's zero/stage_1_and_2.py). Frozen weights are the first replica's; a language model's are nobody's.
     """
-    weights = dict(nn.ModuleDict(layers).named_parameters())
+    weights = {name: parameter for name, parameter in nn.ModuleDict(layers).named_parameters() if not hasattr(parameter, "is_elsewhere")}
     group_of = {name: (parameter.requires_grad, is_pretrained(run, name), is_table(getattr(parameter, "tied_to", name), parameter))
                 for name, parameter in weights.items()}
     totals, before = Counter[tuple[bool, ...]](), Counter[tuple[bool, ...]]()

@@ -1,5 +1,7 @@
 """`flm checkpoint export`: a checkpoint as a folder that transformers loads without flm_scale, and that `flm eval` and `flm caption` open.
 
+Of a run around a frozen language model see publish_lm.py. Of any other:
+
     FOLDER/
         model.safetensors        the weights under their canonical names; model-00001-of-00003.safetensors, ... with an index above 5 GB
         config.json              sizes and objective; generation_config.json, preprocessor_config.json: first and last token, the pictures' size
@@ -23,9 +25,11 @@ import torch
 
 from flm_scale import __version__
 from flm_scale.checkpoint.card import model_card
+from flm_scale.checkpoint.publish_lm import CODE, bridge_config, exported_shapes
 from flm_scale.checkpoint.reader import Checkpoint
 from flm_scale.checkpoint.weights import checkpoint_at
-from flm_scale.config import Run
+from flm_scale.config import Run, TextConfig
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import SPECIAL_PIECES, Tokenizer
 from flm_scale.errors import CheckpointError, ConfigError
@@ -49,15 +53,22 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     run = Run.model_validate_json(checkpoint.run_json)
     if any(run.vision.merged):
         raise ConfigError(f"vision.merged ({run.vision.merged}): the exported code merges no rows; evaluate the run itself (flm eval, flm caption)")
-    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
+    own_tokens = isinstance(run.text, TextConfig)
+    dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash if own_tokens else "")
     print(f"exports {checkpoint.folder}", flush=True)
     part = out.with_name(f".{out.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        write_weights(part, checkpoint, dtype=dtype)
-        write_configs(part, run, dataset, dtype=dtype)
-        shutil.copyfile(dataset.tokenizer_file, part / "tokenizer.model")
+        if isinstance(run.text, LanguageModelConfig):
+            write_weights(part, checkpoint, exported_shapes(run, checkpoint), dtype=dtype)
+            copy_code(part, dict(zip(CODE, CODE, strict=True)))
+            write_json(part / "config.json", bridge_config(run, run.text, checkpoint, dtype=dtype))
+            write_json(part / "preprocessor_config.json", processor_config(run, module=CODE[0]))
+        else:
+            write_weights(part, checkpoint, checkpoint.names(), dtype=dtype)
+            write_configs(part, run, dataset, dtype=dtype)
+            shutil.copyfile(dataset.tokenizer_file, part / "tokenizer.model")
         (part / "run.json").write_text(checkpoint.run_json)
         (part / "README.md").write_text(model_card(run_dir, run, checkpoint, dataset, out=out))
         part.replace(out)
@@ -69,11 +80,10 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     print(out)
 
 
-def write_weights(folder: Path, checkpoint: Checkpoint, *, dtype: str) -> None:
-    """Write all weights as one safetensors file, or as several of at most SHARD_BYTES with an index that says which has which."""
+def write_weights(folder: Path, checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], *, dtype: str) -> None:
+    """Write the weights of these names as one safetensors file, or as several of at most SHARD_BYTES with an index that says which has which."""
     from rich.progress import Progress
 
-    shapes = checkpoint.names()
     size_of = {name: prod(shape) * DTYPES[dtype][0].itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in sorted(shapes):
@@ -111,19 +121,29 @@ def encode_weights(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]], 
 def write_configs(folder: Path, run: Run, dataset: Dataset, *, dtype: str) -> None:
     """Write what transformers wants to know beside the weights, and the file that it runs."""
     tokenizer = Tokenizer(dataset.tokenizer_file)
-    code = find_spec("flm_scale.export")
-    assert code is not None and code.origin is not None  # noqa: PT018
-    shutil.copyfile(code.origin, folder / f"{MODULE}.py")
+    copy_code(folder, {"export": MODULE})
     special_ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     write_json(folder / "config.json", model_config(run) | special_ids | {"dtype": dtype})
     # What flm_scale.model.generate does: no BOS, no token that the tokenizer lacks, and EOS at the longest.
     never_said = [tokenizer.bos_id, *range(tokenizer.vocab_size, run.transformer.vocab_size)]
     write_json(folder / "generation_config.json", special_ids | {
         "max_length": run.text.max_length, "forced_eos_token_id": tokenizer.eos_id, "suppress_tokens": never_said})
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "FlmScaleImageProcessor", "auto_map": {"AutoImageProcessor": f"{MODULE}.FlmScaleImageProcessor"},
-        "image_size": run.vision.image_size})
+    write_json(folder / "preprocessor_config.json", processor_config(run, module=MODULE))
     write_tokenizer(folder, tokenizer, max_length=run.text.max_length)
+
+
+def processor_config(run: Run, *, module: str) -> dict[str, Any]:
+    """Return the values of flm_scale.export.FlmScaleImageProcessor. module: what export.py is called in the folder."""
+    return {"image_processor_type": "FlmScaleImageProcessor", "auto_map": {"AutoImageProcessor": f"{module}.FlmScaleImageProcessor"},
+            "image_size": run.vision.image_size}
+
+
+def copy_code(folder: Path, modules: Mapping[str, str]) -> None:
+    """Copy modules of flm_scale, each under the name that it is to have there."""
+    for module, name in modules.items():
+        code = find_spec(f"flm_scale.{module}")
+        assert code is not None and code.origin is not None  # noqa: PT018
+        shutil.copyfile(code.origin, folder / f"{name}.py")
 
 
 def model_config(run: Run) -> dict[str, Any]:

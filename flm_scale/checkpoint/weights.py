@@ -1,5 +1,6 @@
 """What others want of a saved run: its weights without the optimizer, for evaluation; and the checkpoint to resume from."""
 
+import json
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from flm_scale.checkpoint.store import folders_of, last_good, last_good_together
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
+from flm_scale.model.vision import tower_hash
 from flm_scale.parallel.processes import together
 
 FIXED = ("seed", "objective", "vision", "text", "data.manifest_hash", "data.also_hashes", "data.weights", "data.tokenizer_hash",
@@ -43,6 +45,15 @@ class ExportedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @cached_property
+    def tower_hash(self) -> str:
+        """That of a frozen vision tower which the folder names instead of holding it; else empty."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / 'config.json'}: cannot be read ({error}); export it again") from error
+        return str(config.get("tower_hash", ""))
 
     def names(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every weight by name."""
@@ -85,12 +96,17 @@ def read_run(run_dir: Path) -> Run:
 def load_weights(layers: nn.Module, checkpoint: Weights, *, elsewhere: Collection[str] = ()) -> None:
     """Fill the layers from a checkpoint. elsewhere: the model's other layers, which other processes hold.
 
-    A frozen language model's weights (`is_elsewhere`) are in no checkpoint and stay as they are.
+    A frozen language model's weights (`is_elsewhere`) are in no checkpoint and stay as they are; so does a tower that an exported folder names.
 
-    Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape.
+    Strict: raises CheckpointError that names the first weights that are missing, left over or of another shape, or for another tower.
     """
     wanted = {getattr(parameter, "tied_to", name): parameter for name, parameter in layers.named_parameters()
               if not hasattr(parameter, "is_elsewhere")}
+    if isinstance(checkpoint, ExportedWeights) and checkpoint.tower_hash:
+        tower = {name: wanted.pop(name) for name in list(wanted) if name.startswith("vision_")}
+        if (found := tower_hash(tower)) != checkpoint.tower_hash:
+            raise CheckpointError(f"{checkpoint.folder}: was trained with a vision tower of sha256 {checkpoint.tower_hash[:12]}, and what "
+                                  f"vision.pretrained names now has {found[:12]}; name the one of before in run.json")
     shapes = {name: shape for name, shape in checkpoint.names().items() if name in wanted or name.split(".", 1)[0] not in elsewhere}
     wrong = [f"'{name}' {'is missing' if name not in shapes else 'is not in the model' if name not in wanted else 'has another shape'}"
              for name in sorted(wanted.keys() | shapes.keys())

@@ -124,7 +124,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimi
 
 
 def lr_factor(config: OptimConfig, *, step: int, total_steps: int) -> float:
-    """Return the learning rate's factor, in [0, 1], at a step counted from 0: linear warm-up, then decay to 0 at the end."""
+    """Return the learning rate's factor, in [0, 1], at a step counted from 0: linear warm-up, then decay to config.final_lr_share."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
@@ -132,9 +132,10 @@ def lr_factor(config: OptimConfig, *, step: int, total_steps: int) -> float:
         case "constant":
             return 1.0
         case "linear":
-            return 1.0 - done
+            left = 1.0 - done
         case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * done))
+            left = 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.final_lr_share + (1.0 - config.final_lr_share) * left
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> float:

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flm_scale.checkpoint.weights import Weights, load_weights, open_weights, read_run
+from flm_scale.checkpoint.weights import ExportedWeights, Weights, load_weights, open_weights, read_run
 from flm_scale.config import ParallelConfig, Run, TextConfig
+from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.data.shards import Dataset, open_dataset
 from flm_scale.data.tokens import AnyTokenizer, Tokenizer
 from flm_scale.model.assemble import VisionLanguageModel, assemble, layer_builders
@@ -30,7 +31,10 @@ class TrainedRun(NamedTuple):
 
     def model(self, processes: Processes) -> VisionLanguageModel:
         """Return what this process holds of the trained model, on its device. Where stages are cut, every call of the model is collective."""
-        builders = layer_builders(self.run, self.objective, processes.parts, load_pretrained=False)
+        run, names_tower = self.run, isinstance(self.weights, ExportedWeights) and bool(self.weights.tower_hash)
+        if names_tower and isinstance(run.text, LanguageModelConfig):  # then the tower is opened, and nothing else that a run may start from
+            run = run.replace(text=run.text.replace(bridge=run.text.bridge.replace(pretrained="")))
+        builders = layer_builders(run, self.objective, processes.parts, load_pretrained=names_tower)
         names, bounds = list(builders), stage_bounds(self.run, shape_of(self.run.vision))
         stage = processes.layout.stage(processes.rank)
         own = names[bounds[stage]:bounds[stage + 1]]

@@ -31,6 +31,8 @@ FAMILIES = ("gpt2", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
 
 Vicuna and SmolLM2 are llamas."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNITS_KEPT = {"gpt2": 4, "opt": 1}
+"""How often a family's MLP keeps its units for the backward pass: GPT-2's GELU is written out, OPT's ReLU keeps its output, the others are gated."""
 
 
 class FrozenLm(nn.Module):
@@ -190,7 +192,7 @@ def open_frozen(config: LanguageModelConfig, *, precision: Literal["fp32", "bf16
     options = {"gguf_file": str(folder / config.gguf_file), "quantization_config": GgufConfig(dequantize=True)} if config.gguf_file else {}
     try:
         with _quiet(), redirect_stderr(StringIO()) if config.gguf_file else nullcontext():  # the bar of GGUF files has no switch
-            lm, info = load(folder, config=theirs, dtype=DTYPES[precision if config.dtype == "auto" else config.dtype],
+            lm, info = load(folder, config=theirs, dtype=dtype_of(config, precision),
                             attn_implementation=config.attention, use_safetensors=True, local_files_only=True, trust_remote_code=False,
                             output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except ImportError as error:
@@ -214,21 +216,60 @@ class LanguageShape(NamedTuple):
     """Of all matrices that every row goes through."""
     head_weights: int
     """Of the output embeddings."""
+    vocab_size: int
+    """V, rows of the output embeddings."""
+    kept_width: int
+    """Numbers of a row that the attention and the MLP of a layer keep for the backward pass. Its linears keep none, because they do not learn."""
+    norm_width: int
+    """Those that its norms keep."""
+    norms_in_float32: bool
+    """Whether they keep them in float32, whatever the model's precision is: RMS norms do."""
 
 
 @cache
 def language_shape(config: LanguageModelConfig) -> LanguageShape:
-    """Return the model's sizes, without reading weights. Raises as open_frozen."""
-    from transformers import AutoModelForCausalLM
-
-    theirs = _read_config(config, find_folder(config))
-    with torch.device("meta"), _quiet():
-        model = AutoModelForCausalLM.from_config(theirs)
+    """Return the model's sizes, without reading weights; of a folder or of the hub its config.json is enough. Raises as open_frozen."""
+    model, theirs = _on_meta(config), _config_alone(config)
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = [weight for weight in model.base_model.parameters() if weight.ndim == 2 and id(weight) not in tables]
     width, heads = model.get_input_embeddings().weight.shape[1], theirs.num_attention_heads
-    return LanguageShape(width, theirs.num_hidden_layers, heads * (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads),
-                         sum(weight.numel() for weight in matrices), model.get_output_embeddings().weight.numel())
+    head_width = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    attention_width, key_width = heads * head_width, (getattr(theirs, "num_key_value_heads", None) or heads) * head_width
+    units = max(size for weight in matrices for size in weight.shape)  # of an MLP: no other matrix of a layer is as wide
+    head: Tensor = model.get_output_embeddings().weight
+    return LanguageShape(
+        width, theirs.num_hidden_layers, attention_width, sum(weight.numel() for weight in matrices), head.numel(), vocab_size=len(head),
+        # Queries, keys, values and what attention makes of them, then the units.
+        kept_width=2 * attention_width + 2 * key_width + UNITS_KEPT.get(theirs.model_type, 3) * units,
+        # Qwen3 norms queries and keys too.
+        norm_width=2 * theirs.hidden_size + (theirs.model_type == "qwen3") * (attention_width + key_width),
+        norms_in_float32=not any(isinstance(module, nn.LayerNorm) for module in model.modules()))
+
+
+def outline_frozen(config: LanguageModelConfig, *, precision: Literal["fp32", "bf16"]) -> FrozenLm:
+    """Return the language model without its weights, on the meta device: what `flm plan` counts. Raises as open_frozen."""
+    return FrozenLm(_on_meta(config).to(dtype_of(config, precision)))
+
+
+def dtype_of(config: LanguageModelConfig, precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """Return what the language model computes in. precision: of the run."""
+    return DTYPES[precision if config.dtype == "auto" else config.dtype]
+
+
+def _on_meta(config: LanguageModelConfig) -> Any:  # noqa: ANN401 - each family has a class of its own
+    from transformers import AutoModelForCausalLM
+
+    theirs = _config_alone(config)
+    with torch.device("meta"), _quiet():
+        return AutoModelForCausalLM.from_config(theirs)
+
+
+def _config_alone(config: LanguageModelConfig) -> Any:  # noqa: ANN401 - as _read_config
+    """Return transformers' config of the model, of which nothing else need be there."""
+    try:
+        return _read_config(config, find_folder(config, files=[config.gguf_file or "config.json"]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; to plan, a folder with its config.json alone is enough") from error
 
 
 def content_hash(model: FrozenLm) -> str:
@@ -267,12 +308,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def find_folder(config: LanguageModelConfig) -> Path:
-    """Return the folder that is named, or that of the hub's model, which is fetched when it is not there yet."""
+def find_folder(config: LanguageModelConfig, *, files: Sequence[str] = ()) -> Path:
+    """Return the folder that is named, or that of the hub's model, of which the files are fetched that are not there yet: by default all it takes."""
     if config.revision and Path(config.name).is_dir():
         raise ConfigError(f"text.revision ('{config.revision}') is of a model of the hub, and {config.name} is a folder; leave it out")
     weights = [config.gguf_file] if config.gguf_file else SAFETENSORS
-    return folder_of_model(config.name, option="text.name", revision=config.revision, files=[
+    return folder_of_model(config.name, option="text.name", revision=config.revision, files=files or [
         "config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", *weights])
 
 

@@ -1,7 +1,8 @@
 """The layers of a Run on the meta device: every weight's shape and no weight, for what is counted before a model is bought (`flm plan`).
 
 The text side is the real one. Of open_clip's own towers a stand-in is built from the size files that open_clip comes with, because
-importing it takes longer than all the rest; timm's are built by open_clip. A test holds both against the real layers.
+importing it takes longer than all the rest; timm's are built by open_clip. A frozen language model is transformers', without weights.
+A test holds all of them against the real layers.
 """
 
 import json
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flm_scale.config import Run
+from flm_scale.config import Run, TextConfig
 from flm_scale.config_vision import OpenClipVisionConfig, SmallVisionConfig
-from flm_scale.model.assemble import layer_builders, text_builders, tie
+from flm_scale.model.assemble import is_tied, language_builders, layer_builders, text_builders, tie
+from flm_scale.model.frozen_lm import outline_frozen
 from flm_scale.model.parts import Decoder, PlainParts, Shard
 from flm_scale.model.vision import Tower, build_vision, tower_layers
 from flm_scale.objectives.objective import Objective
@@ -65,7 +67,8 @@ class ShapeParts(PlainParts):
 def named_outline(run: Run, objective: Objective) -> dict[str, nn.Module]:
     """Return the layers as `outline` does, untied, and with every weight's real name: open_clip builds its own towers too, in seconds."""
     with torch.device("meta"), _Unfilled():
-        builders = layer_builders(run, objective, ShapeParts(run.parallel.tensor), load_pretrained=False)
+        language_model = None if isinstance(run.text, TextConfig) else outline_frozen(run.text, precision=run.precision)
+        builders = layer_builders(run, objective, ShapeParts(run.parallel.tensor), load_pretrained=False, language_model=language_model)
         return {name: build() for name, build in builders.items()}
 
 
@@ -74,9 +77,14 @@ def outline(run: Run, objective: Objective) -> nn.ModuleDict:
     parts = ShapeParts(run.parallel.tensor)
     with torch.device("meta"), _Unfilled():
         entry, *blocks, leave = _vision(run, parts)
-        layers = {"vision_entry": entry, **{f"vision_{i}": block for i, block in enumerate(blocks)}, "vision_exit": leave}
-        layers |= {name: build() for name, build in text_builders(run.transformer, objective, parts).items()}
-    if run.transformer.tied:
+        layers = {"vision_entry": entry, **{f"vision_{i}": block for i, block in enumerate(blocks)}}
+        if isinstance(run.text, TextConfig):
+            layers["vision_exit"] = leave
+            builders = text_builders(run.text, objective, parts)
+        else:
+            builders = language_builders(run, run.text, objective, outline_frozen(run.text, precision=run.precision))
+        layers |= {name: build() for name, build in builders.items()}
+    if is_tied(run):
         tie(layers)
     return nn.ModuleDict(layers)
 
@@ -89,7 +97,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _vision(run: Run, parts: ShapeParts) -> list[nn.Module]:
-    sizes, text_width = _tower_sizes(run.vit), run.transformer.width
+    sizes, text_width = _tower_sizes(run.vit), run.text.width if isinstance(run.text, TextConfig) else run.text.bridge.width
     if sizes is None or run.vision.image_size % sizes["patch_size"]:  # build_vision says what is wrong
         return build_vision(run.vit, text_width=text_width, parts=parts, load_pretrained=False)
     width, patch_size = sizes["width"], sizes["patch_size"]

@@ -6,7 +6,7 @@ With `vision.merged` a block ends with the decision which of its rows merge, and
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -189,6 +189,14 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
         for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
             module.requires_grad_(True)
     return layers
+
+
+def tower_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a tower's weights by name, rounded to bfloat16: a run in that precision keeps no more of them."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + weight.detach().cpu().to(torch.bfloat16).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def vision_account(config: OpenClipVisionConfig, *, names: Sequence[str]) -> Account:

@@ -4,12 +4,18 @@ Counted from sizes, tensor by tensor, for attention kernels that keep queries, k
 with what autograd keeps on the CPU. Not counted: statistics of norms, integers, and what a kernel allocates while it runs.
 """
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
 from flm_scale.config import Run
+from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.model.bridge import tokens_along
+from flm_scale.model.frozen_lm import dtype_of, language_shape
 from flm_scale.model.parts import TARGETS_PER_CHUNK
+from flm_scale.model.reducers import build_reducer
 from flm_scale.observe.cost import BatchShapes, VisionShape
+from flm_scale.observe.memory import element_bytes
 
 
 class Footprint(NamedTuple):
@@ -21,11 +27,45 @@ class Footprint(NamedTuple):
     """Rows handed to the next layer."""
     reduced: float
     """Summed over the tensor group, forward and backward."""
+    working: float
+    """Beside all that, while it runs: gradients about as large as what it kept, or, in a frozen tower, what it would have kept."""
 
 
 def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: int) -> dict[str, Footprint]:
     """Return the footprint of each layer of the list in one process, by name. longest: L, of the captions that `shapes` tells of."""
-    text, pieces, element = run.transformer, run.parallel.tensor, 2 if run.precision == "bf16" else 4
+    tower = tower_footprints(run, shapes, vision)
+    if isinstance(run.text, LanguageModelConfig):
+        return tower | bridge_footprints(run, run.text, shapes, vision) | {"head": language_footprint(run, run.text, shapes, vision)}
+    return tower | text_footprints(run, shapes, vision, longest=longest)
+
+
+def tower_footprints(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, Footprint]:
+    """Return those of the vision tower, without its exit. One that is frozen keeps nothing."""
+    element, share = element_bytes(run.precision), run.parallel.tensor if run.parallel.vision == "shard_batch" else 1
+    images, width, trains = shapes.num_images / share, vision.width, run.vision.trainable
+    # Two matrices of an MLP of m units hold 2 * width * m numbers, and m is kept before and behind the activation.
+    block = width * 9 + (vision.block_weights - 4 * width ** 2) / width
+    shares = share > 1  # then images are gathered, and gradients of the tower's matrices summed
+
+    def layer(tokens: int, saved: float, reduced: float) -> Footprint:
+        """tokens: rows of an image that leave.   saved: numbers of an image."""
+        kept = element * images * saved
+        return Footprint(trains * kept, element * images * tokens * width, element * shares * trains * reduced, kept)
+
+    pixels, patch = 3 * vision.image_size ** 2, 3 * vision.patch_size ** 2
+    found = {"vision_entry": layer(vision.image_tokens, pixels + vision.image_tokens * width, width * (patch + vision.image_tokens))}
+    return found | {f"vision_{i}": layer(tokens, tokens * block + weights, vision.block_weights)
+                    for i, (tokens, weights) in enumerate(zip(vision.tokens[:-1], merge_weights(vision)[:-1], strict=True))}
+
+
+def merge_weights(vision: VisionShape) -> list[int]:
+    """Return the weights of the product that merges an image's rows, in front of each block and of the exit; 0 where none merge."""
+    return [after * before * (after < before) for before, after in pairwise((vision.tokens[0], *vision.tokens))]
+
+
+def text_footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: int) -> dict[str, Footprint]:
+    """Return those of the tower's exit and of the text side."""
+    text, pieces, element = run.transformer, run.parallel.tensor, element_bytes(run.precision)
     d, streams, targets = text.width, shapes.num_streams, shapes.num_targets
     tokens = vision.tokens
     stream_rows, image_rows = streams * shapes.text_tokens, shapes.num_images * tokens[-1]
@@ -37,7 +77,8 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
 
     def layer(whole: float, split: float = 0.0, *, leaving: float = all_rows * d, reduced: float = 0.0) -> Footprint:
         """Numbers kept by every process, and those split over the tensor group."""
-        return Footprint(element * (whole + split / pieces), element * leaving, element * reduced)
+        saved = element * (whole + split / pieces)
+        return Footprint(saved, element * leaving, element * reduced, saved)
 
     def text_layer(*, fuses: bool, reconstructs: bool) -> Footprint:
         # Rows in, three more of that length between norms and sublayers; the view's q, k, v and output, the output packed again, the MLP twice.
@@ -54,22 +95,11 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
             reduced += 4 * shapes.num_queries + stream_rows
         return layer(whole, split, reduced=d * reduced)
 
-    share = pieces if run.parallel.vision == "shard_batch" else 1
-    images = shapes.num_images / share
-    tower_rows, pixels = images * vision.image_tokens, 3 * vision.image_size ** 2 * images
-    width, trains = vision.width, run.vision.trainable
-    # Two matrices of an MLP of m units hold 2 * width * m numbers, and m is kept before and behind the activation.
-    block = width * 9 + (vision.block_weights - 4 * width ** 2) / width
-    shares = share > 1  # then images are gathered, and gradients of the tower's matrices summed
-    found = {"vision_entry": layer(trains * (pixels + tower_rows * width), leaving=tower_rows * width,
-                                   reduced=shares * trains * width * (3 * vision.patch_size ** 2 + vision.image_tokens))}
-    # Where rows merge, the product that does it keeps its weights.
-    weights = [images * after * before * (after < before) for before, after in pairwise((tokens[0], *tokens))]
-    found |= {f"vision_{i}": layer(trains * (images * tokens[i] * block + weights[i]), leaving=images * tokens[i] * width,
-                                   reduced=shares * trains * vision.block_weights)
-              for i in range(vision.layers_run)}
-    found["vision_exit"] = layer((1 + trains) * images * tokens[-1] * width + trains * weights[-1], leaving=image_rows * d,
-                                 reduced=shares * d * (image_rows + width))
+    shares = run.parallel.vision == "shard_batch" and pieces > 1
+    images = shapes.num_images / (pieces if shares else 1)
+    trains, leaves = run.vision.trainable, tokens[-1] * vision.width
+    found = {"vision_exit": layer(images * (leaves + trains * (leaves + merge_weights(vision)[-1])), leaving=image_rows * d,
+                                  reduced=shares * d * (image_rows + vision.width))}
     found["text_entry"] = layer(0 if pre else d * (shapes.text_tokens + shapes.num_queries), reduced=d * shapes.text_tokens)
     stages = (("bottom", text.bottom_layers, text.reconstructor_bottom_layers), ("fusion", text.fusion_layers, text.reconstructor_fusion_layers))
     for stage, depth, reconstructor_depth in stages:
@@ -77,6 +107,45 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
             found["fusion_entry"] = layer(d * (stream_rows + shapes.num_queries))
         for i in range(depth):
             found[f"{stage}_{i}"] = text_layer(fuses=stage == "fusion", reconstructs=i >= depth - reconstructor_depth)
-    # The decoder keeps the last chunk's logits, in float32.
+    vocabulary = text.vocab_size / pieces
     head = layer((4 + pre) * d * targets, leaving=0.0, reduced=d * targets)
-    return found | {"head": head._replace(saved=head.saved + 4 * min(targets, TARGETS_PER_CHUNK) * text.vocab_size / pieces)}
+    # The decoder keeps the last chunk's logits, in float32.
+    saved = head.saved + 4 * min(targets, TARGETS_PER_CHUNK) * vocabulary
+    # While it runs: a chunk's logits and, in float32, the sum of the table's gradients and the chunk's.
+    return found | {"head": head._replace(saved=saved, working=max(saved, 8 * TARGETS_PER_CHUNK * vocabulary + 8 * vocabulary * d))}
+
+
+def bridge_footprints(run: Run, config: LanguageModelConfig, shapes: BatchShapes, vision: VisionShape) -> dict[str, Footprint]:
+    """Return those of the bridge's entries. Every process of a tensor group holds all of it."""
+    d, images, element = config.bridge.width, shapes.num_images, element_bytes(run.precision)
+    tokens = tokens_along(config.bridge, image_tokens=vision.image_tokens, prefix_tokens=vision.prefix_tokens)
+    factor = build_reducer(config.bridge.reducer, prefix_tokens=vision.prefix_tokens, seed=0).width_factor
+
+    def layer(saved: float, *, leaving: float) -> Footprint:
+        """Numbers of an image."""
+        return Footprint(element * images * saved, element * images * leaving, 0.0, element * images * saved)
+
+    found = {"bridge_entry": layer(vision.width * (vision.image_tokens + factor * tokens[0]) + d * tokens[0], leaving=d * tokens[0])}
+    for i, (before, after) in enumerate(pairwise(tokens)):
+        # Rows in, q, k, v and output, the sum in front of the norm; then the MLP twice, its rows, and, where rows merge, who goes where.
+        found[f"bridge_{i}_attention"] = layer(6 * d * before, leaving=d * before)
+        found[f"bridge_{i}_mlp"] = layer(10 * d * after + (before * after if after < before else 0), leaving=d * after)
+    return found | {"bridge_exit": layer(d * tokens[-1], leaving=language_shape(config).width * tokens[-1])}
+
+
+def language_footprint(run: Run, config: LanguageModelConfig, shapes: BatchShapes, vision: VisionShape) -> Footprint:
+    """Return that of the frozen language model, which is one entry of the list and recomputes its own layers.
+
+    Its linears do not learn, so they keep nothing: what is kept is what attention, activations and norms need for their own gradients.
+    """
+    model, element = language_shape(config), dtype_of(config, run.precision).itemsize
+    prefix = tokens_along(config.bridge, image_tokens=vision.image_tokens, prefix_tokens=vision.prefix_tokens)[-1]
+    rows = shapes.num_captions * (prefix + math.isqrt(shapes.view_self_pairs // shapes.num_captions))
+    norms = rows * model.norm_width * (4 if model.norms_in_float32 else element)
+    layer = norms + rows * model.kept_width * element
+    # Only what comes in, and one layer at a time beside it.
+    layers = model.layers * (rows * model.width * element if run.recompute else layer)
+    # A chunk's logits and their gradients in float32, and every target's gradient, made with its loss.
+    logits = 8 * min(shapes.num_targets, TARGETS_PER_CHUNK) * model.vocab_size
+    return Footprint(layers + rows * model.width * element + shapes.num_targets * model.width * element, 0.0, 0.0,
+                     max(layer * (1 + run.recompute), logits))

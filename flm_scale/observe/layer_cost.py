@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from flm_scale.batch import Example
-from flm_scale.config import Run
+from flm_scale.config import Run, TextConfig
 from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.objectives.objective import build_objective
-from flm_scale.observe.cost import BatchShapes, VisionShape, block_flops, bridge_flops, forward_flops, patch_flops
+from flm_scale.observe.cost import BatchShapes, VisionShape, block_flops, bridge_flops, forward_flops, language_flops, patch_flops
 from flm_scale.parallel.stages import cut
 
 
@@ -78,9 +78,17 @@ def rank_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, 
 
 
 def stage_costs(run: Run, vision: VisionShape) -> dict[str, float]:
-    """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again."""
-    return {name: flops * ((3 if trains(run, name) else 1) + is_recomputed(run, name))
-            for name, flops in rank_flops(run, expected_shapes(run), vision).items()}
+    """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again.
+
+    A frozen language model's backward pass costs as much as its forward pass, because its weights take no gradient; what it computes again
+    is its layers, and not its head.
+    """
+    shapes = expected_shapes(run)
+    costs = {name: flops * ((3 if trains(run, name) else 1) + is_recomputed(run, name)) for name, flops in rank_flops(run, shapes, vision).items()}
+    if isinstance(run.text, LanguageModelConfig):
+        flops = language_flops(run.text, shapes, vision)
+        costs["head"] = 2 * sum(flops.values()) + run.recompute * flops["language_model"]
+    return costs
 
 
 def stage_bounds(run: Run, vision: VisionShape) -> list[int]:
@@ -96,11 +104,12 @@ def stage_bounds(run: Run, vision: VisionShape) -> list[int]:
 
 
 def trains(run: Run, name: str) -> bool:
-    """Return whether a layer has a backward pass: all have but those of a frozen tower, whose projection trains."""
+    """Return whether a layer has a backward pass: all have but those of a frozen tower, whose projection or bridge trains."""
     return run.vision.trainable or name == "vision_exit" or not name.startswith("vision_")
 
 
 def is_recomputed(run: Run, name: str) -> bool:
     """Return whether a layer runs again in the backward pass: not where rows come in without a gradient, nor the head (assemble.run_layers)."""
-    first_to_train = "vision_entry" if run.vision.trainable else "vision_exit"
+    behind_tower = "vision_exit" if isinstance(run.text, TextConfig) else "bridge_entry"
+    first_to_train = "vision_entry" if run.vision.trainable else behind_tower
     return run.recompute and trains(run, name) and name not in {first_to_train, "head"}

@@ -12,7 +12,7 @@ class StateBytes(NamedTuple):
     """What stays in memory over a step, in bytes."""
 
     weights: float
-    """In the run's precision, as the model computes with them."""
+    """As the model computes with them: see weight_bytes."""
     gradients: float
     """After the last backward pass of a step."""
     optimizer: float
@@ -24,6 +24,12 @@ def element_bytes(precision: Literal["fp32", "bf16"]) -> int:
     return 2 if precision == "bf16" else 4
 
 
+def weight_bytes(weights: Iterable[Tensor], run: Run) -> float:
+    """Return the bytes of weights as the model computes with them: in the run's precision, but for a frozen language model, which has its own."""
+    element = element_bytes(run.precision)
+    return float(sum(weight.numel() * (weight.element_size() if hasattr(weight, "is_elsewhere") else element) for weight in weights))
+
+
 def state_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any], *, data_size: int) -> StateBytes:
     """Return the bytes of a process that holds these weights (its pieces, its stage) and shares their state with data_size - 1 others.
 
@@ -32,11 +38,11 @@ def state_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any], 
     weights, zero, zero_config = list(weights), run.parallel.zero, config["zero_optimization"]
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     share = trained / data_size
-    held = float(sum(weight.numel() for weight in weights))
+    held = weight_bytes(weights, run)
     if zero == 3:
         # Small weights stay whole beside their pieces.
         threshold = zero_config.get("stage3_param_persistence_threshold", 10 ** 5)
-        held = held / data_size + sum(weight.numel() for weight in weights if weight.numel() <= threshold)
+        held = held / data_size + weight_bytes([weight for weight in weights if weight.numel() <= threshold], run)
     # With bf16, ZeRO 1 keeps the micro-step's bf16 gradients beside the float32 sums of all; ZeRO 2 and 3 keep a share of the sums alone.
     gradients = 4 * share if zero >= 2 else (6 if run.precision == "bf16" else 4) * trained
     # A second copy of the share, in float32, even where the weights themselves are.
@@ -44,7 +50,7 @@ def state_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any], 
     moments = 8 * (trained if zero == 0 else share) if run.optim.kind == "adamw" else 0
     if zero_config.get("offload_optimizer", {}).get("device") == "cpu":
         gradients = masters = moments = 0.0
-    return StateBytes(element_bytes(run.precision) * held, gradients, masters + moments)
+    return StateBytes(held, gradients, masters + moments)
 
 
 def buffer_bytes(weights: Iterable[Tensor], run: Run, config: Mapping[str, Any]) -> float:

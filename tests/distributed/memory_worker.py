@@ -16,21 +16,30 @@ from flm_scale.config import BatchConfig, ParallelConfig, Run, TextConfig
 from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.train import build_engine
 from tests.distributed.worker import close_groups
-from tests.synthetic import objective_of, random_batch, tiny_run
+from tests.synthetic import objective_of, random_batch, tiny_language_run, tiny_run
 
-# By number of processes: (tensor, pipe, ZeRO stage, precision).
+# By number of processes: (tensor, pipe, ZeRO stage, precision), and `language` for a run around a frozen language model.
 LAYOUTS = {2: [(1, 1, 0, "fp32"), *((1, 1, zero, precision) for precision in ("fp32", "bf16") for zero in (1, 2, 3)),
-               (2, 1, 1, "fp32"), (1, 2, 1, "fp32"), (1, 2, 1, "bf16")]}
+               (2, 1, 1, "fp32"), (1, 2, 1, "fp32"), (1, 2, 1, "bf16"),
+               (1, 1, 1, "fp32", "language"), (1, 1, 2, "bf16", "language"), (1, 1, 3, "bf16", "language")]}
+LANGUAGE_SIZES = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4}
 
 
-def small_run(tensor: int, pipe: int, zero: int, precision: str) -> Run:
-    """Some 3 million weights: enough that padding is nothing beside them. The tower is frozen, so not all weights have gradients."""
+def small_run(out: Path, tensor: int, pipe: int, zero: int, precision: str, kind: str = "") -> Run:
+    """Some 3 million weights: enough that padding is nothing beside them. The tower is frozen, so not all weights have gradients.
+
+    out: where the test has put `language_model`, of LANGUAGE_SIZES.
+    """
+    parallel = ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero)
+    vision = SmallVisionConfig(image_size=16, patch_size=8, width=128, layers=3, heads=2, trainable=False)
+    if kind == "language":
+        run = tiny_language_run(out / "language_model", vision=vision, precision=precision, parallel=parallel)
+        return run.replace(text=run.text.replace(bridge=run.text.bridge.replace(width=192)))
     return tiny_run(
-        vision=SmallVisionConfig(image_size=16, patch_size=8, width=128, layers=3, heads=2, trainable=False),
+        vision=vision,
         text=TextConfig(width=192, heads=4, bottom_layers=1, fusion_layers=2, reconstructor_bottom_layers=1, reconstructor_fusion_layers=1,
                         vocab_size=1001, max_length=16),
-        batch=BatchConfig(micro_batches=4, text_tokens=200, captions=16, images=16), precision=precision,
-        parallel=ParallelConfig(engine="deepspeed", tensor=tensor, pipe=pipe, zero=zero))
+        batch=BatchConfig(micro_batches=4, text_tokens=200, captions=16, images=16), precision=precision, parallel=parallel)
 
 
 def bytes_of(tensors: Iterable[Any], seen: set[int]) -> int:
@@ -71,7 +80,7 @@ def look_before(engine: Any, method: str, found: list[dict[str, int]]) -> None:
 
 def main(out: Path) -> None:
     for cut in LAYOUTS[int(os.environ["WORLD_SIZE"])]:
-        run = small_run(*cut)
+        run = small_run(out, *cut)
         engine = build_engine(run, objective_of(run))
         found: list[dict[str, int]] = []
         look_before(engine, "_take_model_step", found)

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flm_scale.plan import Machine, estimate, open_model
 from tests.distributed.launch import run_worker
-from tests.distributed.memory_worker import LAYOUTS, small_run
+from tests.distributed.memory_worker import LANGUAGE_SIZES, LAYOUTS, small_run
+from tests.language import write_language_model
 
 pytestmark = pytest.mark.slow
 
@@ -16,14 +18,16 @@ pytestmark = pytest.mark.slow
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One launch a number of processes."""
     out = tmp_path_factory.mktemp("memory")
+    write_language_model(out / "language_model", **LANGUAGE_SIZES)
     for size in LAYOUTS:
         run_worker("memory_worker", out, processes=size, timeout=900)
     return out
 
 
 @pytest.mark.parametrize(("size", "cut"), [(size, cut) for size, cuts in LAYOUTS.items() for cut in cuts], ids=str)
-def test_planned_bytes_are_those_that_deepspeed_holds(measured: Path, size: int, cut: tuple[int, int, int, str]) -> None:
-    run = small_run(*cut)
+def test_planned_bytes_are_those_that_deepspeed_holds(measured: Path, size: int, cut: tuple[Any, ...]) -> None:
+    """Also around a frozen language model, which has weights, shared by ZeRO 3, and neither gradients nor moments."""
+    run = small_run(measured, *cut)
     planned = estimate(run, Machine(nodes=1, gpus_per_node=size), open_model(run))
     for rank in range(size):
         found = json.loads((measured / f"{'-'.join(map(str, cut))}-rank{rank}.json").read_text())

@@ -13,7 +13,9 @@ from flm_scale.config_vision import SmallVisionConfig
 from flm_scale.engine.base import lr_factor, parameter_groups
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.assemble import build_model
-from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_run, weights_of
+from flm_scale.model.frozen_lm import content_hash
+from tests.language import write_language_model
+from tests.synthetic import OBJECTIVES, objective_of, random_batch, tiny_language_run, tiny_run, weights_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -58,6 +60,24 @@ def test_bf16_keeps_float32_masters() -> None:
     assert (weights_of(engine)[name] != before[name]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_language_model_has_no_gradient_and_no_moment_and_stays_as_it_is(tmp_path: Path, precision: str) -> None:
+    run = tiny_language_run(write_language_model(tmp_path / "model"), precision=precision)
+    engine = engine_of(run.replace(vision=run.vision.replace(trainable=False)))
+    head, with_gradients = engine.layers["head"], []
+    before = content_hash(head)
+    engine.optimizer.register_step_pre_hook(lambda *_: with_gradients.append({id(one) for one in engine.masters if one.grad is not None}))
+    for step in range(2):
+        engine.train_step([random_batch(run, seed=step)], step=step)
+    assert with_gradients == [{id(one) for one in engine.masters}] * 2, "all that learns has a gradient"
+    assert not any(weight.grad is not None for name, weight in engine.layers.named_parameters() if not name.startswith("bridge_"))
+    bridge = sum(weight.numel() for name, weight in engine.layers.named_parameters() if name.startswith("bridge_"))
+    state = [value for of_one in engine.optimizer.state.values() for value in of_one.values() if value.ndim]
+    assert sum(one.numel() for one in engine.masters) == bridge
+    assert sum(value.numel() for value in state) == 2 * bridge
+    assert content_hash(head) == before
+
+
 def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
     run = tiny_run("flm", optim=OptimConfig(kind="sgd", lr=1.0, warmup_steps=0, schedule="constant", clip_norm=0.1, weight_decay=0))
     engine = engine_of(run)
@@ -77,6 +97,11 @@ def test_the_learning_rate_warms_up_and_decays_as_a_function_of_the_step(schedul
     half, end = {"linear": (0.5, 0.01), "cosine": (0.5, 0.000247), "constant": (1, 1)}[schedule]
     assert factors[60] == pytest.approx(half)
     assert factors[-1] == pytest.approx(end, rel=0.01)
+
+
+def test_a_schedule_may_end_above_zero() -> None:
+    config = OptimConfig(schedule="cosine", warmup_steps=10, final_lr_share=0.1)
+    assert [lr_factor(config, step=step, total_steps=110) for step in (9, 10, 60, 110)] == pytest.approx([1, 1, 0.55, 0.1])
 
 
 def test_norms_biases_and_tables_are_not_decayed_and_pretrained_weights_learn_slower() -> None:

@@ -97,5 +97,5 @@ def test_what_cannot_be_a_tower_is_one_line(network: tuple[torch.nn.Module, Path
 
 
 def test_a_text_transformer_of_its_own_wants_a_vit(network: tuple[torch.nn.Module, Path]) -> None:
-    with pytest.raises(ConfigError, match=r"vision.kind \('convnet'\) goes with a frozen language model alone"):
+    with pytest.raises(ConfigError, match=r"vision.kind \('convnet'\): this is made for ViTs"):
         tiny_run("flm").replace(vision=config_of(network[1]))
