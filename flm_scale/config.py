@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from flm_scale.config_lm import LanguageModelConfig
+from flm_scale.config_lm import LanguageModelConfig, TemporalConfig
 from flm_scale.errors import ConfigError
 from flm_scale.section import Section
 
@@ -69,8 +69,12 @@ class VisionSection(Section):
 
     image_size: int = Field(224, ge=8)
     """Side of the square picture, in pixels."""
+    frames: int = Field(1, ge=1)
+    """Frames of a clip that are seen, evenly spread; 1 sees pictures, or the frame in a clip's middle."""
+    temporal: TemporalConfig = TemporalConfig()
+    """How frames of a clip see each other; without a clip it is not built."""
     trainable: bool = True
-    """False freezes the tower; the projection into the text width always trains."""
+    """False freezes the tower; the projection into the text width and what sees a clip's frames together always train."""
     output: Literal["penultimate", "final"] = "penultimate"
     """Which block's tokens the text looks at; the published FLM leaves the last block out."""
 
@@ -341,6 +345,8 @@ class Run(Section):
     """bf16 keeps float32 master weights in the optimizer."""
     recompute: bool = False
     """Recompute activations in the backward pass, layer by layer: less memory, about a third more compute."""
+    init_from: str = ""
+    """Run directory, or exported folder, whose weights of the same names and shapes this run starts from; pretrained.json says which they were."""
     objective: Objective = FlmConfig()
     vision: Vision = OpenClipVisionConfig()
     text: Text = TextConfig()

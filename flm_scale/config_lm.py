@@ -1,4 +1,4 @@
-"""Sections of a Run that trains a bridge from pictures into a frozen language model: the bridge, and what makes its image rows fewer.
+"""Sections of a Run as SimVLG has them: a bridge from pictures into a frozen language model, what makes its image rows fewer, and clips.
 
 As config.py: frozen pydantic models, wrong values are a ConfigError, nothing imports torch.
 """
@@ -9,6 +9,22 @@ from pydantic import Field, model_validator
 
 from flm_scale.errors import ConfigError
 from flm_scale.section import Section
+
+
+class TemporalConfig(Section):
+    """Attention over the frames of a clip, in every block of the tower (SimVLG, arXiv 2310.03291)."""
+
+    width: int = Field(256, ge=1)
+    """Of queries and keys; values are the rows themselves."""
+    heads: int = Field(8, ge=1)
+    position: bool = False
+    """Let frames say when they are, in queries and keys; without it a clip's rows do not depend on the order of its frames."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ConfigError(f"vision.temporal.width ({self.width}) must be a multiple of vision.temporal.heads ({self.heads}); change one of them")
+        return self
 
 
 class MergeConfig(Section):

@@ -47,6 +47,9 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
         raise CheckpointError(f"--out {out}: is there already; name a new folder, or remove it")
     checkpoint = checkpoint_at(run_dir, step)
     run = Run.model_validate_json(checkpoint.run_json)
+    if run.vision.frames > 1:
+        raise CheckpointError(f"{run_dir}: vision.frames ({run.vision.frames}): the exported code reads pictures, and this run has seen clips; "
+                              "flm eval and flm caption read the run itself")
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash)
     print(f"exports {checkpoint.folder}", flush=True)
     part = out.with_name(f".{out.name}.part")

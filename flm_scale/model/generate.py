@@ -31,7 +31,7 @@ class Generated(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Tensor, "N 3 height width"], *, bos_id: int, eos_id: int,
+def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Tensor, "N *F 3 height width"], *, bos_id: int, eos_id: int,
              vocab_size: int, max_length: int, beams: int = 1) -> list[Generated]:
     """Return one caption a picture: the finished hypothesis with the best mean log-probability; one beam is greedy search.
 
@@ -80,7 +80,7 @@ def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Ten
     return best
 
 
-def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> Float[Tensor, "N I D"]:
+def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N *F 3 height width"]) -> Float[Tensor, "N I D"]:
     """Return the image rows that the text looks at, or that stand in front of it."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)
     state = State(pixels, *[nothing] * (len(State._fields) - 1))._replace(image_slots=nothing.new_empty(len(pixels), 0))

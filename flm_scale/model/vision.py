@@ -1,6 +1,7 @@
 """The vision tower, cut into entries of the layer list. The one door to open_clip and to timm inside it, whose blocks it uses as they are.
 
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
+A clip of F frames is F pictures until the last block, which hands on their mean: behind the tower a clip is an image.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from flm_scale.config import OpenClipVisionConfig, SmallVisionConfig
 from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.model.pretrained import Account, Fate
+from flm_scale.model.temporal import ClipBlock, Steps, TemporalAttention
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,10 +47,10 @@ class Tower(NamedTuple):
 class VisionEntry(nn.Module):
     """Pixels to patch tokens: normalise, patch projection, class token, positions."""
 
-    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour) -> None:
-        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with."""
+    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour, frames: int = 1) -> None:
+        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with.   frames: F."""
         super().__init__()
-        self.share = parts.share_of_images
+        self.share, self.frames = parts.share_of_images, frames
         self.patches, self.norm = tower.patches, tower.first_norm
         self.class_embedding = tower.class_embedding
         if tower.positional_embedding.requires_grad:
@@ -68,8 +70,12 @@ class VisionEntry(nn.Module):
         return embedded.flatten(0, 1)
 
     def forward(self, state: State) -> State:
-        """State with pixels in, with image rows out: of all images, or of this shard's."""
-        return state._replace(rows=self.embed(self.share(state.rows)))
+        """State with pixels in, with image rows out: of all images, or of this shard's; of clips [N*F*I, width]."""
+        pixels = self.share(state.rows)
+        if self.frames > 1:
+            assert pixels.shape[1] == self.frames, "the loader gives as many frames as the run states"
+            pixels = pixels.flatten(0, 1)
+        return state._replace(rows=self.embed(pixels))
 
 
 class VisionBlock(nn.Module):
@@ -88,6 +94,21 @@ class VisionBlock(nn.Module):
         images = state.rows.unflatten(0, (-1, self.image_tokens))
         images = self.block(images) if self.rope is None else self.block(images, rope=self.rope)
         return state._replace(rows=images.flatten(0, 1))
+
+
+def halves_of(block: nn.Module) -> Steps:
+    """Return the two residual steps of a block, attention and MLP. Raises ConfigError for a block that is not known to be made of these."""
+    from open_clip.transformer import ResidualAttentionBlock
+    from timm.models.vision_transformer import Block
+
+    one: Any = block
+    # Exact classes: what derives from them does other things between the halves.
+    if type(block) is ResidualAttentionBlock:
+        return lambda x: x + one.ls_1(one.attention(one.ln_1(x))), lambda x: x + one.ls_2(one.mlp(one.ln_2(x)))
+    if type(block) is Block:
+        return lambda x: x + one.ls1(one.attn(one.norm1(x))), lambda x: x + one.ls2(one.mlp(one.norm2(x)))
+    raise ConfigError(f"vision.frames: a tower of blocks of the kind {type(block).__name__} cannot be opened for clips; choose a plain ViT, such as "
+                      "ViT-B-32 or ViT-B-16-SigLIP, or vision.frames 1")
 
 
 class VisionExit(nn.Module):
@@ -146,6 +167,8 @@ def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width
     """
     tower = _parts(_small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config, load_pretrained=load_pretrained))
     assert tower is not None, "named_sizes refuses what is not a ViT"
+    if config.frames > 1:
+        halves_of(tower.blocks[0])
     mean, std = colours(config)
     return tower_layers(tower, config, parts or PlainParts(), text_width=text_width, mean=mean, std=std)
 
@@ -155,14 +178,22 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
     """Return the layers that run a tower. mean, std: of `colours`."""
     image_tokens = len(tower.positional_embedding)
     blocks = tower.blocks[:-1] if config.output == "penultimate" else tower.blocks
-    layers = [VisionEntry(tower, parts, mean=mean, std=std), *(VisionBlock(block, image_tokens=image_tokens, rope=tower.rope) for block in blocks),
+
+    def layer(block: nn.Module) -> nn.Module:
+        if config.frames == 1:
+            return VisionBlock(block, image_tokens=image_tokens, rope=tower.rope)
+        temporal = TemporalAttention(config.temporal, width=tower.patches.out_channels, frames=config.frames)
+        return ClipBlock(block, temporal, halves_of=halves_of, image_tokens=image_tokens, is_last=block is blocks[-1])
+
+    layers = [VisionEntry(tower, parts, mean=mean, std=std, frames=config.frames), *map(layer, blocks),
               VisionExit(tower, parts, text_width=text_width)]
     for layer in layers:
         parts.sum_image_gradients(layer)
     if not config.trainable:
         for layer in layers:
             layer.requires_grad_(False)
-        for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
+        temporal = [layer.temporal for layer in layers if isinstance(layer, ClipBlock)]
+        for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind, *temporal):
             module.requires_grad_(True)
     return layers
 

@@ -53,16 +53,21 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
         return layer(whole, split, reduced=d * reduced)
 
     share = pieces if run.parallel.vision == "shard_batch" else 1
-    tower_rows, pixels = image_rows / share, 3 * vision.image_size ** 2 * shapes.num_images / share
+    frames, one_each = vision.frames, image_rows / share
+    tower_rows, pixels = frames * one_each, frames * 3 * vision.image_size ** 2 * shapes.num_images / share
     width, trains = vision.width, run.vision.trainable
     # Two matrices of an MLP of m units hold 2 * width * m numbers, and m is kept before and behind the activation.
-    block = width * 9 + (vision.block_weights - 4 * width ** 2) / width
+    hidden = (vision.block_weights - 4 * width ** 2) / (2 * width)
+    block = trains * (width * 9 + 2 * hidden)
+    if frames > 1:  # a frozen tower's matrices keep no input; over frames: rows in, rows by place, their mixture, queries and keys
+        block = width * 9 + 2 * hidden - (not trains) * (2 * width + hidden) + 3 * width + 2 * vision.temporal_width
     shares = share > 1  # then images are gathered, and gradients of the tower's matrices summed
     found = {"vision_entry": layer(trains * (pixels + tower_rows * width), leaving=tower_rows * width,
                                    reduced=shares * trains * width * (3 * vision.patch_size ** 2 + vision.image_tokens))}
-    found |= {f"vision_{i}": layer(trains * tower_rows * block, leaving=tower_rows * width, reduced=shares * trains * vision.block_weights)
+    found |= {f"vision_{i}": layer(tower_rows * block, leaving=(one_each if i + 1 == vision.layers_run else tower_rows) * width,
+                               reduced=shares * (trains * vision.block_weights + 2 * width * vision.temporal_width))
               for i in range(vision.layers_run)}
-    found["vision_exit"] = layer((1 + trains) * tower_rows * width, leaving=image_rows * d, reduced=shares * d * (image_rows + width))
+    found["vision_exit"] = layer((1 + (trains or frames > 1)) * one_each * width, leaving=image_rows * d, reduced=shares * d * (image_rows + width))
     found["text_entry"] = layer(0 if pre else d * (shapes.text_tokens + shapes.num_queries), reduced=d * shapes.text_tokens)
     stages = (("bottom", text.bottom_layers, text.reconstructor_bottom_layers), ("fusion", text.fusion_layers, text.reconstructor_fusion_layers))
     for stage, depth, reconstructor_depth in stages:

@@ -48,7 +48,8 @@ def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str,
     """Return the forward FLOPs of each layer of the list, in its order; they add up to those of forward_flops, to the last digit."""
     parts = forward_flops(run, shapes, vision)
     entry = vision_flops(replace(vision, layers_run=0)) * shapes.num_images
-    tower = {"vision_entry": entry, **{f"vision_{i}": (parts["vision"] - entry) / vision.layers_run for i in range(vision.layers_run)}}
+    block = (parts["vision"] + parts.get("temporal", 0.0) - entry) / vision.layers_run
+    tower = {"vision_entry": entry, **{f"vision_{i}": block for i in range(vision.layers_run)}}
     if isinstance(run.text, LanguageModelConfig):
         bridge = {name: flops * shapes.num_images for name, flops in bridge_flops(run.text, vision).items()}
         return tower | bridge | {"head": parts["language_model"] + parts["head"]}
@@ -78,7 +79,10 @@ def rank_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, 
 
 
 def stage_costs(run: Run, vision: VisionShape) -> dict[str, float]:
-    """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again."""
+    """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again.
+
+    Blocks that hand gradients on to others alone, a frozen tower's on clips, count as if they trained.
+    """
     return {name: flops * ((3 if trains(run, name) else 1) + is_recomputed(run, name))
             for name, flops in rank_flops(run, expected_shapes(run), vision).items()}
 
@@ -96,11 +100,11 @@ def stage_bounds(run: Run, vision: VisionShape) -> list[int]:
 
 
 def trains(run: Run, name: str) -> bool:
-    """Return whether a layer has a backward pass: all have but those of a frozen tower, whose projection trains."""
-    return run.vision.trainable or name == "vision_exit" or not name.startswith("vision_")
+    """Return whether a layer has a backward pass: all have but those of a frozen tower. Its projection trains, and so do its blocks on clips."""
+    return run.vision.trainable or not name.startswith("vision_") or name == "vision_exit" or (run.vision.frames > 1 and name != "vision_entry")
 
 
 def is_recomputed(run: Run, name: str) -> bool:
     """Return whether a layer runs again in the backward pass: not where rows come in without a gradient, nor the head (assemble.run_layers)."""
-    first_to_train = "vision_entry" if run.vision.trainable else "vision_exit"
+    first_to_train = "vision_entry" if run.vision.trainable else "vision_0" if run.vision.frames > 1 else "vision_exit"
     return run.recompute and trains(run, name) and name not in {first_to_train, "head"}
