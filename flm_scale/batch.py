@@ -1,7 +1,7 @@
 """What flows through training, and the letters of its axes.
 
     T packed text tokens of a micro-batch     C captions      L longest caption, BOS and EOS counted
-    N images    I tokens an image             D width         H heads          V vocabulary
+    N images, or clips of F frames            I tokens an image             D width      H heads      V vocabulary
     S streams of the text transformer         Q reconstruction queries         R targets
     M text tokens of the image with the most of them
 
@@ -61,8 +61,8 @@ class State(NamedTuple):
     """What one layer hands to the next: one float tensor, then integers. Pixels go in; at the end stand the rows of every stream."""
 
     rows: Tensor
-    """uint8 pixels [N, 3, height, width] at first; then image rows [N*I, D]; then text rows [S*T] stream after stream, query
-    rows [Q] and image rows [N*I], in that order."""
+    """uint8 pixels [N, 3, height, width] at first, of clips [N, F, 3, height, width]; then image rows [N*I, D], inside the tower [N*F*I, D];
+    then text rows [S*T] stream after stream, query rows [Q] and image rows [N*I], in that order."""
     ids: Int[Tensor, " T"]
     first: Int[Tensor, "S T"]
     last: Int[Tensor, "S T"]

@@ -29,18 +29,21 @@ Workers = Annotated[FleetOptions, tyro.conf.arg(name="")]
 BY_THIS_MACHINE = FleetOptions()
 
 
-def data_demo(folder: Folder, *, large: bool = False, overwrite: bool = False, workers: int = 0) -> None:
+def data_demo(folder: Folder, *, large: bool = False, clips: bool = False, overwrite: bool = False, workers: int = 0) -> None:
     """Prepare real demo data: easy-vqa's pictures, captions and questions, and a tokenizer.
 
     Args:
         folder: where to build; a complete dataset is left alone.
         large: the emoji and clip-art set instead (14,000 pairs; a few minutes, about 250 MB of packages).
+        clips: easy-vqa's shapes in motion instead, as clips of eight frames, for simvlg_video_demo.
         overwrite: replace what is in the folder.
         workers: processes that prepare it, a CPU each; 0 takes every CPU.
     """
     from flm_scale.data.demo import build_demo
 
-    build_demo(folder, large=large, overwrite=overwrite, workers=workers)
+    if large and clips:
+        raise ConfigError("--large and --clips exclude each other; give one of them")
+    build_demo(folder, large=large, clips=clips, overwrite=overwrite, workers=workers)
 
 
 def data_verify(folder: Annotated[str, tyro.conf.Positional], *, fast: tyro.conf.FlagCreatePairsOff[bool] = False,

@@ -302,6 +302,8 @@ class Run(Section):
     """bf16 keeps float32 master weights in the optimizer."""
     recompute: bool = False
     """Recompute activations in the backward pass, layer by layer: less memory, about a third more compute."""
+    init_from: str = ""
+    """Run directory, or exported folder, whose weights of the same names and shapes this run starts from; pretrained.json says which they were."""
     objective: Objective = FlmConfig()
     vision: Vision = OpenClipVisionConfig()
     text: Text = TextConfig()

@@ -1,4 +1,4 @@
-"""Sections of a Run that trains a bridge from pictures into a frozen language model: the bridge, and what makes its image rows fewer.
+"""Sections of a Run as SimVLG has them: a bridge from pictures into a frozen language model, what makes its image rows fewer, and clips.
 
 As config.py: frozen pydantic models, wrong values are a ConfigError, nothing imports torch.
 """

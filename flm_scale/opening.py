@@ -16,9 +16,16 @@ from flm_scale.objectives.objective import Objective, build_objective
 
 
 def open_data(run: Run) -> tuple[list[Dataset], AnyTokenizer]:
-    """Open the datasets that the run trains on, the first one first, and what cuts their captions. Raises DataError as `open_mixture`."""
+    """Open the datasets that the run trains on, the first one first, and what cuts their captions.
+
+    Raises DataError as `open_mixture`, ConfigError for pictures where the run wants clips.
+    """
     language_tokens = _language_tokens(run)
     datasets = open_mixture(run.data, language_tokens)
+    for dataset in datasets:
+        if run.vision.frames > 1 and not dataset.index("train").holds_clips:
+            raise ConfigError(f"vision.frames ({run.vision.frames}): dataset {dataset.folder} holds pictures; name one of clips (flm data prepare "
+                              "--input.clips), or set vision.frames 1")
     return datasets, language_tokens or Tokenizer(datasets[0].tokenizer_file)
 
 

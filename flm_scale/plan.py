@@ -29,7 +29,7 @@ from flm_scale.parallel.mesh import Layout, find_layout
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flm_scale.model.vision import VisionEntry
+    from flm_scale.model.vision import VisionBlock, VisionEntry
 
 NODE_BYTES_PER_SECOND = 300e9
 """Between the GPUs of a node, each way: two thirds of NVLink 4's 450 GB/s."""
@@ -158,7 +158,8 @@ def open_model(run: Run) -> Model:
     return Model(layers, VisionShape(
         width=entry.patches.out_channels, layers_run=len([name for name in layers if re.fullmatch(r"vision_\d+", name)]),
         patch_size=entry.patches.kernel_size[0], image_size=run.vision.image_size, prefix_tokens=int(entry.class_embedding is not None),
-        merged=run.vision.merged, block_weights=sum(weight.numel() for weight in layers["vision_0"].parameters() if weight.ndim == 2)))
+        block_weights=sum(weight.numel() for weight in cast("VisionBlock", layers["vision_0"]).block.parameters() if weight.ndim == 2),
+        merged=run.vision.merged, frames=run.vision.frames, temporal_width=run.vision.temporal.width if run.vision.frames > 1 else 0))
 
 
 def estimate(run: Run, machine: Machine, model: Model) -> Estimate:

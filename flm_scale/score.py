@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from flm_scale.data.clips import is_clip, middle_frame
 from flm_scale.data.derive import Advance, Rewriter, Task, derive, in_order
 from flm_scale.data.images import on_white, read_header
 from flm_scale.data.index import Index, index_columns, read_index
@@ -32,7 +33,8 @@ DECODERS = {"cpu": 1, "cuda": 8}
 def score(dataset: Dataset, out: Path, *, model: str, pretrained: str, batch: int = 64, device: Device = "auto", workers: int = 4) -> Dataset:
     """Make a dataset with the column `clip_score`: the cosine of each picture and the caption that fits it best; tars are linked.
 
-    NaN where there is no caption or the picture does not decode. pretrained: a tag of the model, or a file.   workers: threads that decode.
+    Of a clip the frame in its middle counts. NaN where there is no caption or the picture does not decode.
+    pretrained: a tag of the model, or a file.   workers: threads that decode.
     Raises ConfigError and CheckpointError as `load_clip`, and ConfigError without a GPU where one is asked for.
     """
     if min(batch, workers) < 1:
@@ -68,6 +70,8 @@ class Scorer:
         from PIL import Image
 
         try:
+            if is_clip(data):
+                return self.clip.preprocess(Image.fromarray(middle_frame(data)))
             return self.clip.preprocess(on_white(Image.open(io.BytesIO(data), formats=[read_header(data).format])))
         except Exception:  # noqa: BLE001 - Pillow's decoders raise almost any class on damaged data; the caller counts them
             return None

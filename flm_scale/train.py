@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ from flm_scale.batch import Batch, LossSums
 from flm_scale.checkpoint.reader import Checkpoint
 from flm_scale.checkpoint.saver import Saver
 from flm_scale.checkpoint.store import folders_of, last_good_together
-from flm_scale.checkpoint.weights import find_checkpoint
+from flm_scale.checkpoint.weights import StartingWeights, find_checkpoint, open_weights
 from flm_scale.config import Run, micro_steps
 from flm_scale.config_lm import LanguageModelConfig
 from flm_scale.data.loader import Loader, one_pass
@@ -87,8 +88,10 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
             return
     checkpoint = together(lambda: find_checkpoint(run_dir, resume, run)) if resume is not None else None
     pretrained_text = together(lambda: open_pretrained(run, tokenizer)) if not checkpoint else None
+    start = StartingWeights(together(lambda: open_weights(Path(run.init_from)))) if run.init_from and not checkpoint else None
     together(lambda: open_run_dir(run_dir, run, checkpoint, overwrite=overwrite) if ranks.rank == 0 else None)
-    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text, language_model=language_model)
+    engine = build_engine(run, objective, checkpoint, pretrained_text=pretrained_text, language_model=language_model, start=start)
+    started = {"init_from": start.account(dict(chain.from_iterable(asked.items() for asked in gather(start.asked))))} if start else {}
     if checkpoint:
         go_on(engine, checkpoint)
 
@@ -111,7 +114,7 @@ def train(run: Run, run_dir: Path, *, overwrite: bool = False, resume: str | Non
         if engine.rank == 0:
             announce(run, run_dir, datasets, engine, checkpoint)
             if not checkpoint:
-                write_accounts(run_dir, account_for(run, objective, pretrained_text))
+                write_accounts(run_dir, account_for(run, objective, pretrained_text) | started)
         Training(run, run_dir, engine, loader, objective, recorder, heartbeat, saver, checkpoint).go(asked)
 
 
@@ -261,13 +264,13 @@ def sigterm_asks() -> Iterator[threading.Event]:
 
 
 def build_engine(run: Run, objective: Objective, checkpoint: Checkpoint | None = None, *, pretrained_text: PretrainedEncoder | None = None,
-                 language_model: FrozenLm | None = None) -> Engine:
+                 language_model: FrozenLm | None = None, start: StartingWeights | None = None) -> Engine:
     """Return the engine that the run names, around the run's model as it starts, or as it was saved.
 
     pretrained_text: what `open_pretrained` gave, which a run without a checkpoint starts from.   language_model: that is opened if it is none.
-    Raises ConfigError for several processes on the local one.
+    start: weights of another run, likewise.   Raises ConfigError for several processes on the local one.
     """
-    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, language_model=language_model,
+    builders = partial(layer_builders, run, objective, pretrained_text=pretrained_text, language_model=language_model, start=start,
                        weight_of=checkpoint.weight if checkpoint else None)
     if run.parallel.engine == "deepspeed":
         from flm_scale.engine.deepspeed import PipelineDeepSpeedEngine, PlainDeepSpeedEngine

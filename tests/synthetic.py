@@ -13,6 +13,7 @@ from flm_scale.checkpoint.store import begin, commit, write_rank
 from flm_scale.config import ArConfig, BatchConfig, CaptioningConfig, FlmConfig, MlmConfig, OptimConfig, PrefixLmConfig, Run, TextConfig
 from flm_scale.config_lm import BridgeConfig, LanguageModelConfig, MergeConfig
 from flm_scale.config_vision import SmallVisionConfig
+from flm_scale.data.loader import clip_axis
 from flm_scale.data.pack import pack
 from flm_scale.engine.local import LocalEngine
 from flm_scale.model.parts import Piece
@@ -56,8 +57,8 @@ def random_examples(objective: Objective, rng: np.random.Generator, *, captions_
             for count in captions_per_image]
 
 
-def random_pixels(num_images: int, rng: np.random.Generator, *, size: int = 16) -> np.ndarray:
-    return rng.integers(0, 256, (num_images, 3, size, size), dtype=np.uint8)
+def random_pixels(num_images: int, rng: np.random.Generator, *, size: int = 16, frames: int = 1) -> np.ndarray:
+    return rng.integers(0, 256, (num_images, *clip_axis(frames), 3, size, size), dtype=np.uint8)
 
 
 def as_batch(examples: list[list[Example]], pixels: np.ndarray, objective: Objective) -> Batch:
@@ -71,7 +72,7 @@ def random_batch(run: Run, *, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
     objective = objective_of(run)
     counts = rng.integers(1, 4, size=rng.integers(2, 6)).tolist()
-    return as_batch(random_examples(objective, rng, captions_per_image=counts), random_pixels(len(counts), rng), objective)
+    return as_batch(random_examples(objective, rng, captions_per_image=counts), random_pixels(len(counts), rng, frames=run.vision.frames), objective)
 
 
 def weights_of(engine: LocalEngine) -> dict[str, Tensor]:

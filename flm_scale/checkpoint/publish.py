@@ -53,6 +53,9 @@ def export(run_dir: Path, out: Path, *, step: int | None = None, dtype: Literal[
     run = Run.model_validate_json(checkpoint.run_json)
     if any(run.vision.merged):
         raise ConfigError(f"vision.merged ({run.vision.merged}): the exported code merges no rows; evaluate the run itself (flm eval, flm caption)")
+    if run.vision.frames > 1:
+        raise CheckpointError(f"{run_dir}: vision.frames ({run.vision.frames}): the exported code reads pictures, and this run has seen clips; "
+                              "flm eval and flm caption read the run itself")
     own_tokens = isinstance(run.text, TextConfig)
     dataset = open_dataset(run.data.path, manifest_hash=run.data.manifest_hash, tokenizer_hash=run.data.tokenizer_hash if own_tokens else "")
     print(f"exports {checkpoint.folder}", flush=True)

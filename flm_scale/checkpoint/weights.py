@@ -13,6 +13,7 @@ from flm_scale.checkpoint.store import folders_of, last_good, last_good_together
 from flm_scale.config import Run
 from flm_scale.errors import CheckpointError, ConfigError
 from flm_scale.model.parts import fill, shard_of, whole_shape
+from flm_scale.model.pretrained import Account, Fate
 from flm_scale.model.vision import tower_hash
 from flm_scale.parallel.processes import together
 
@@ -78,6 +79,28 @@ class ExportedWeights:
                 raise CheckpointError(f"{path}: cannot be read ({error}); export it again") from error
             files |= dict.fromkeys(file.keys(), file)
         return files
+
+
+class StartingWeights:
+    """Weights of another run that a run starts from, where it has some of the same name and shape: pictures' before clips', say."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights, self._shapes = weights, weights.names()
+        self.asked: dict[str, bool] = {}
+        """Each weight that this process holds, and whether it came from there."""
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Any:  # noqa: ANN401 - a tensor once it is indexed
+        """Return a whole weight, which is read when it is indexed; None when there is none of that name and shape."""
+        self.asked[name] = self._shapes.get(name) == shape
+        return self.weights.weight(name) if self.asked[name] else None
+
+    def account(self, asked: Mapping[str, bool]) -> Account:
+        """Return what became of them. asked: by all processes. Raises CheckpointError when none was of use."""
+        if not any(asked.values()):
+            raise CheckpointError(f"--init-from {self.weights.folder}: no weight of it has a name and shape of this model's; name a run like it")
+        why = {True: "another shape", False: "not in this model"}
+        fates = {name: Fate("used") if asked.get(name) else Fate("left out", why[name in asked]) for name in self._shapes}
+        return Account(str(self.weights.folder), fates, {name: (name,) if taken else () for name, taken in asked.items()})
 
 
 def open_weights(run_dir: Path) -> Weights:

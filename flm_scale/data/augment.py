@@ -1,6 +1,7 @@
-"""Random changes of training pictures: a crop, a mirror image, RandAugment. The only door to torchvision.
+"""Random changes of training pictures and clips: a crop, a mirror image, RandAugment. The only door to torchvision.
 
 The generator is keyed by (seed, epoch, sample), so that a picture looks the same on any layout, in any worker, whatever was drawn before it.
+All frames of a clip are changed alike.
 """
 
 from functools import partial
@@ -10,20 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm_scale.config import AugmentConfig
-from flm_scale.data.images import Part, centre_square, decode_image
+from flm_scale.data.clips import decode_sample
+from flm_scale.data.images import Part, centre_square
 
 TRIES = 10
 
 
-def decode_augmented(data: bytes, *, size: int, augment: AugmentConfig, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return [3, size, size] as `decode_image` does, of a part that is drawn, perhaps mirrored and changed. With all of it off, the same to the bit.
+def decode_augmented(data: bytes, *, size: int, augment: AugmentConfig, rng: np.random.Generator, frames: int = 1) -> NDArray[np.uint8]:
+    """Return what `decode_sample` does, of a part that is drawn, perhaps mirrored and changed. With all of it off, the same to the bit.
 
-    Only the part is scaled, and a JPEG is decoded no larger than the part needs. Raises ImageError as `decode_image` does.
+    Only the part is scaled, and a JPEG is decoded no larger than the part needs. Raises ImageError as `decode_sample` does.
     """
     part = centre_square if augment.crop_scale == (1, 1) else partial(random_part, augment=augment, rng=rng)
-    pixels = decode_image(data, size=size, part=part)
+    pixels = decode_sample(data, size=size, frames=frames, part=part)
     if augment.flip and rng.random() < 0.5:
-        pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        pixels = np.ascontiguousarray(pixels[..., ::-1])
     return rand_augment(pixels, augment, rng) if augment.randaugment_layers else pixels
 
 

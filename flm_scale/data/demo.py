@@ -1,4 +1,4 @@
-"""Real data in one command: `flm data demo DIR` turns easy-vqa, or with --large the drawings of drawings.py, into a dataset.
+"""Real data in one command: `flm data demo DIR` turns easy-vqa, with --clips in motion, or with --large the drawings of drawings.py, into a dataset.
 
 easy-vqa has pictures of one coloured shape and questions about it, no captions: `caption_facts` derives them from the questions and
 answers alone. What the packages hold is laid out as folders of pictures, one a split, and prepared as anybody's would be, by a fleet of workers on
@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from flm_scale.data.clips import is_clip
 from flm_scale.data.manifest import DATASET
 from flm_scale.data.prepare.driver import prepare
 from flm_scale.data.prepare.fleet import FleetOptions
@@ -47,27 +48,29 @@ The majority answer to each question, without looking, is right on 67.0 % of the
 
 {license}
 """
+LICENSE_TITLE = "## Licence of the package"
 
 
-def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, workers: int = 0, vocab_size: int | None = None,
+def build_demo(folder: Path, *, large: bool = False, clips: bool = False, overwrite: bool = False, workers: int = 0, vocab_size: int | None = None,
                progress: Callable[[str], None] = print) -> Dataset:
     """Fetch the packages, prepare the shards, train the tokenizer; return the opened dataset.
 
-    large: the emoji and clip-art pairs.   overwrite: replace a dataset of other sources.   workers: a CPU each; 0 takes all of this machine.
-    vocab_size: upper limit; None is 512, or 8000 for the large set.   Raises DataError when a package cannot be fetched, the folder holds something
-    else or a shard comes to nothing, FleetError when no worker starts.
+    large: the emoji and clip-art pairs.   clips: of motions.py.   overwrite: replace another dataset.
+    workers: a CPU each; 0 takes all of this machine.   vocab_size: upper limit; None is 512, or 8000 for the large set.
+    Raises DataError when a package cannot be fetched, the folder holds something else or a shard comes to nothing, FleetError when no worker starts.
     """
     from flm_scale.data import drawings
 
-    read, packages = (drawings.read_drawings, drawings.PACKAGES) if large else (read_easy_vqa, [EASY_VQA])
+    read, packages = (drawings.read_drawings, drawings.PACKAGES) if large else (read_motions if clips else read_easy_vqa, [EASY_VQA])
     sources = tuple(Source(**package.source()) for package in packages)
+    name = "drawings" if large else "easy-vqa in motion" if clips else "easy-vqa"
     dataset = None if overwrite or not (folder / DATASET).exists() else open_dataset(folder)
-    if dataset and tuple(dataset.manifest.sources) == sources:
+    if dataset and (tuple(dataset.manifest.sources), dataset.name) == (sources, name):
         progress(f"{folder}: the dataset {dataset.name} is already there")
     else:
         if overwrite or dataset or not ((folder / UNFINISHED).exists() and (folder / FOLDER).exists()):
             make_room(folder, overwrite=overwrite)  # before anything is fetched
-        spec = demo_spec("drawings", sources, keep=drawings.KEPT) if large else demo_spec("easy-vqa", sources, keep=("source", "license"))
+        spec = demo_spec(name, sources, keep=drawings.KEPT if large else ("source", "license"), clips=clips)
         given = folder.resolve() / FOLDER / f"input-{spec.hash[:8]}"
         if not given.exists():
             write_input(given, read, progress=progress)
@@ -84,14 +87,14 @@ def build_demo(folder: Path, *, large: bool = False, overwrite: bool = False, wo
     return dataset
 
 
-def demo_spec(name: str, sources: tuple[Source, ...], *, keep: tuple[str, ...]) -> Spec:
-    """Return what keeps every picture byte for byte, with all its words: what is in the packages is good, and official splits stay what they are."""
-    return Spec(name=name, sources=sources, samples_per_shard=1000, input=InputConfig(kind="folder", keep=keep),
+def demo_spec(name: str, sources: tuple[Source, ...], *, keep: tuple[str, ...], clips: bool) -> Spec:
+    """Return what keeps every file byte for byte, with all its words: what is in the packages is good, and official splits stay what they are."""
+    return Spec(name=name, sources=sources, samples_per_shard=1000, input=InputConfig(kind="folder", keep=keep, clips=clips),
                 image=ImageConfig(mode="none", format="png"), text=TextConfig(normalise=False), filter=FilterConfig(duplicates=False))
 
 
 def write_input(folder: Path, read: Callable[..., Material], *, progress: Callable[[str], None]) -> None:
-    """Fetch packages and lay out what they hold, all or nothing: a folder of pictures with its metadata.jsonl for each split, and a README.md."""
+    """Fetch packages and lay out what they hold, all or nothing: a folder of files with its metadata.jsonl for each split, and a README.md."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with tempfile.TemporaryDirectory() as downloads:
@@ -100,7 +103,7 @@ def write_input(folder: Path, read: Callable[..., Material], *, progress: Callab
         (part / split).mkdir(parents=True)
         lines = []
         for number, (image, about) in enumerate(pictures):
-            name = f"{number:05d}.png"
+            name = f"{number:05d}.{'mp4' if is_clip(image) else 'png'}"
             (part / split / name).write_bytes(image)
             lines.append(json.dumps({"file_name": name, **about}, ensure_ascii=False))
         (part / split / "metadata.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -135,6 +138,14 @@ def read_easy_vqa(downloads: Path, *, progress: Callable[[str], None]) -> Materi
     }
     license_text = files["easy_vqa-1.0.dist-info/LICENSE"].decode().strip()
     return Material(splits, README.format(held_out=", ".join(HELD_OUT), license=license_text))
+
+
+def read_motions(downloads: Path, *, progress: Callable[[str], None]) -> Material:
+    """Fetch easy-vqa and let its shapes move."""
+    from flm_scale.data.motions import motion_material
+
+    pictures = read_easy_vqa(downloads, progress=progress)
+    return motion_material(pictures, pictures.readme.partition(LICENSE_TITLE)[2].strip(), progress=progress)
 
 
 def caption_facts(questions: Sequence[str], answers: Sequence[str]) -> tuple[str | None, str | None]:

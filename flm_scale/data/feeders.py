@@ -46,7 +46,7 @@ def fed_by_ray(dataset: Dataset[Batch], orders: Iterator[Order], run: Run, *,
     Raises what the dataset raises, in its place, and ConfigError when there is no cluster at data.ray_address.
     """
     ahead = AHEAD * run.data.feeders
-    batch_bytes = run.batch.images * 3 * run.vision.image_size**2
+    batch_bytes = run.batch.images * run.vision.frames * 3 * run.vision.image_size**2
     options = PoolOptions(run.data.feeders, dict(label.split("=", 1) for label in run.data.feeder_labels), cluster_address(run.data.ray_address),
                           LEAST_STORE_BYTES + ahead * batch_bytes, START_SECONDS, BATCH_SECONDS)
     asked: deque[Order] = deque()

@@ -40,7 +40,8 @@ Part = tuple[int, int, int, int]
 
 
 class ImageError(DataError):
-    """An image that is refused. `reason` is one word for tables: `format`, `header`, `pixels`, `side`, `damaged` or `memory`."""
+    """An image or clip that is refused. `reason` is one word for tables: `format`, `header`, `pixels`, `side`, `damaged` or `memory`; of clips also
+    `frames` (too many) and `size` (several)."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -176,20 +177,33 @@ def fit_image(data: bytes, *, size: int, mode: Literal["keep_ratio", "center_cro
     Raises ImageError as `decode_image` does, and when a side would exceed MAX_SIDE.
     """
     header = read_header(data, max_pixels=max_pixels)
-    whole = (0, 0, header.width, header.height)
-    part = centre_square(header.width, header.height) if mode == "center_crop" else whole
-    shorter = min(header.width, header.height)
-    scale = 1.0 if mode == "none" or (only_if_larger and shorter <= size) else size / shorter
-    width, height = (max(1, round((end - begin) * scale)) for begin, end in ((part[0], part[2]), (part[1], part[3])))
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(f"image of {header.width} x {header.height} pixels would be stored as {width} x {height}; {MAX_SIDE} is the longest side; "
-                         "drop it", reason="side")
+    part, (width, height) = fitted_size(header.width, header.height, size=size, mode=mode, only_if_larger=only_if_larger)
     pixels = _decode(data, header, part, width=width, height=height)
-    if pass_through and FORMATS[image_format] == header.format and whole == (0, 0, width, height):
+    if pass_through and FORMATS[image_format] == header.format and (0, 0, header.width, header.height) == part == (0, 0, width, height):
         stored = data
     else:
         stored = _encode(pixels, image_format, quality)
     return Fitted(stored, width, height, header.width, header.height)
+
+
+def fitted_size(width: int, height: int, *, size: int, mode: Literal["keep_ratio", "center_crop", "none"],
+                only_if_larger: bool) -> tuple[Part, tuple[int, int]]:
+    """Return the part of a picture that is stored, and its width and height there; values as of `fit_image`. Raises ImageError for a longer side
+    than MAX_SIDE."""
+    part = centre_square(width, height) if mode == "center_crop" else (0, 0, width, height)
+    shorter = min(width, height)
+    scale = 1.0 if mode == "none" or (only_if_larger and shorter <= size) else size / shorter
+    across, down = (max(1, round((end - begin) * scale)) for begin, end in ((part[0], part[2]), (part[1], part[3])))
+    if max(across, down) > MAX_SIDE:
+        raise ImageError(f"image of {width} x {height} pixels would be stored as {across} x {down}; {MAX_SIDE} is the longest side; "
+                         "drop it", reason="side")
+    return part, (across, down)
+
+
+def decode_whole(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Return the whole image as it is, [height, width, 3]. Raises ImageError as `decode_image` does."""
+    header = read_header(data, max_pixels=max_pixels)
+    return _decode(data, header, (0, 0, header.width, header.height), width=header.width, height=header.height)
 
 
 def codec_versions() -> dict[str, str]:

@@ -115,7 +115,7 @@ def _schema(columns: Iterable[str] = ()) -> "pa.Schema":
     import pyarrow as pa
 
     text, texts, place, side = pa.string(), pa.list_(pa.string()), pa.int64(), pa.int32()
-    optional = {"original_width": side, "original_height": side, "original_sha256": text, "phash": pa.uint64()}
+    optional = {"original_width": side, "original_height": side, "original_sha256": text, "phash": pa.uint64(), "frames": side}
     return pa.schema([("key", text), ("captions", texts), ("questions", texts), ("answers", texts), ("concept", text), ("image_offset", place),
                       ("image_bytes", place), ("sha256", text), ("width", side), ("height", side),
                       *((name, optional.get(name, pa.float32())) for name in columns)])
@@ -212,6 +212,12 @@ class Index:
     def __reduce__(self) -> tuple[type["Index"], tuple[Path | Url, Shards]]:
         """Leave maps and file descriptors behind: they mean nothing in another process."""
         return Index, (self.folder, self.shards)
+
+    @property
+    def holds_clips(self) -> bool:
+        """Whether the samples are clips: their number of frames stands beside them. Raises DataError when the index cannot be read."""
+        filled = np.flatnonzero(self.shards.counts)  # an empty shard's index has no such column
+        return len(filled) > 0 and "frames" in self._batches.of_shard(int(filled[0])).schema.names
 
     @property
     def keys(self) -> Column[str]:

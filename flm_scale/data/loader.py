@@ -53,17 +53,18 @@ class MicroBatches(Dataset[Batch]):
     """Makes the micro-batch that an Order names; lives in the workers."""
 
     def __init__(self, index: Index, token_ids: TokenIds | Sequence[Sequence[np.ndarray]], objective: Objective, *, seed: int, image_size: int,
-                 prefix: str = "", augment: AugmentConfig | None = None) -> None:
-        """token_ids: of each caption of each image.   prefix: stands before every sample key, so that the keys of a mixture are distinct.
-        augment: of training pictures.
+                 frames: int = 1, prefix: str = "", augment: AugmentConfig | None = None) -> None:
+        """token_ids: of each caption of each image.   frames: that are seen of a clip.   augment: of training pictures.
+        prefix: stands before every sample key, so that the keys of a mixture are distinct.
         """
         self.index, self.token_ids, self.objective, self.seed, self.image_size = index, token_ids, objective, seed, image_size
+        self.frames = frames
         self.prefix, self.augment = prefix, augment or AugmentConfig()
 
     def __getitem__(self, order: Order) -> Batch:
         """Read, decode, corrupt, pack."""
         self.fetch(order)
-        pixels = np.empty((len(order.entries), 3, self.image_size, self.image_size), np.uint8)
+        pixels = np.empty((len(order.entries), *clip_axis(self.frames), 3, self.image_size, self.image_size), np.uint8)
         images: list[list[Example]] = []
         keys, bad_keys = self.keys(order), []
         for row, ((image, captions), key) in enumerate(zip(order.entries, keys, strict=True)):
@@ -71,7 +72,7 @@ class MicroBatches(Dataset[Batch]):
             views = [view for caption in captions
                      for view in self.objective.corrupt(token_ids[caption], keyed_rng("corrupt", self.seed, order.epoch, key, caption))]
             try:
-                pixels[row] = decode_augmented(self.index.read_image(image), size=self.image_size, augment=self.augment,
+                pixels[row] = decode_augmented(self.index.read_image(image), size=self.image_size, frames=self.frames, augment=self.augment,
                                                rng=keyed_rng("augment", self.seed, order.epoch, key))
             except DataError:
                 # The picture keeps its place, so that nothing behind it moves, and teaches nothing.
@@ -109,6 +110,11 @@ class Mixture(Dataset[Batch]):
         return self.sources[order.source].keys(order)
 
 
+def clip_axis(frames: int) -> tuple[int, ...]:
+    """Return the axis between a batch and its colours: none for single pictures."""
+    return (frames,) if frames > 1 else ()
+
+
 class Loader:
     """Endless training micro-batches of one rank, a step at a time."""
 
@@ -130,7 +136,7 @@ class Loader:
             self._shuffles.append(Shuffle(costs, dataset.shards("train").counts, run.batch, seed=run.seed,
                                           captions_per_image=run.data.captions_per_image))
             sources.append(MicroBatches(dataset.index("train"), token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
-                                        prefix=f"{number}/" if len(datasets) > 1 else "", augment=run.data.augment))
+                                        frames=run.vision.frames, prefix=f"{number}/" if len(datasets) > 1 else "", augment=run.data.augment))
         self._dataset = Mixture(sources)
         self._shares = mixture_shares(run.data.weights or [shuffle.length(0) for shuffle in self._shuffles])
         start: dict[str, Any] = {"seed": run.seed, "data": [dataset.root[:16] for dataset in datasets], "tokenizer": tokenizer.fingerprint[:16],
@@ -221,7 +227,8 @@ def one_pass(run: Run, dataset: shards.Dataset, split: str, tokenizer: AnyTokeni
     plan = plan_in_order(costs_of(token_ids.lengths, token_ids.starts, objective, longest=run.text.max_length), run.batch)
     orders = [Order(0, entries) for entries in plan]
     orders += [Order(0, plan[-1], counts=False)] * (-len(plan) % size)
-    batches = MicroBatches(dataset.index(split), token_ids, objective, seed=run.seed, image_size=run.vision.image_size)
+    batches = MicroBatches(dataset.index(split), token_ids, objective, seed=run.seed, image_size=run.vision.image_size,
+                           frames=run.vision.frames)
     with _in_one_line():
         yield from torch_loader(batches, orders[rank::size], workers=run.data.workers, replicas=size)
 

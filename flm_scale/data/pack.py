@@ -17,7 +17,8 @@ from flm_scale.batch import IGNORED, Example, State
 def pack(images: Sequence[Sequence[Example]], pixels: np.ndarray) -> State:
     """Return the packed state.
 
-    images: the caption views of each image, at least one each, all with the same number of streams.   pixels: uint8 [N, 3, height, width].
+    images: the caption views of each image, at least one each, all with the same number of streams.   pixels: uint8 [N, 3, height, width], of clips
+    [N, F, 3, height, width].
     """
     examples = list(chain.from_iterable(images))
     lengths = np.array([example.length for example in examples])

@@ -46,7 +46,7 @@ SIZED_AT_ONCE = 4096
 """Files whose sizes are asked for together."""
 HASHED_ON_OPEN_BYTES = 2 * 1024**3  # up to here reading everything takes seconds
 UNFINISHED, TOKENIZER, TOKENS = ".unfinished", "tokenizer.model", "tokens"
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp"})  # we write no .jpeg, and read it in others' tars
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "mp4"})  # we write no .jpeg, and read it in others' tars
 
 
 class Place(NamedTuple):
@@ -59,11 +59,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with everything that is said about it."""
+    """One picture, or clip, with everything that is said about it."""
 
     key: str
     image: bytes
-    image_format: Literal["jpg", "png", "webp"]
+    image_format: Literal["jpg", "png", "webp", "mp4"]
     captions: list[str]
     questions: list[str]
     answers: list[str]
@@ -74,7 +74,8 @@ class Sample:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """More JSON fields for the shard (source, licence, ...); training does not read them."""
     columns: Mapping[str, int | float | str] = field(default_factory=dict)
-    """More columns for the index, the same in every sample of a shard: original_width, original_height, original_sha256, phash, and scores."""
+    """More columns for the index, the same in every sample of a shard: original_width, original_height, original_sha256, phash, of clips frames
+    and seconds, and scores."""
     place: Place | None = None
     """In an adopted tar; `image` does not count then, nor its format, and may be empty."""
 

@@ -48,7 +48,7 @@ class Package:
 
 
 class Material(NamedTuple):
-    """What a dataset is made of: for each split PNGs, each with what a line of metadata.jsonl says of it."""
+    """What a dataset is made of: for each split PNGs or MP4s, each with what a line of metadata.jsonl says of it."""
 
     splits: dict[str, list[tuple[bytes, dict[str, Any]]]]
     readme: str

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from flm_scale.errors import DataError
 
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "txt", "json"})
+EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "mp4", "txt", "json"})
 # Loading any of them may run code; .npy and .npz may hold pickles.
 DANGEROUS = frozenset({"pickle", "pkl", "pyd", "pyc", "py", "pt", "pth", "ckpt", "joblib", "dill", "npy", "npz"})
 KEY = re.compile(r"[A-Za-z0-9_=+@,-]+(/[A-Za-z0-9_=+@,-]+)*", re.ASCII)

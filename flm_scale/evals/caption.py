@@ -13,7 +13,7 @@ import torch
 
 from flm_scale.batch import Example
 from flm_scale.config import Run
-from flm_scale.data.images import decode_image
+from flm_scale.data.clips import decode_sample
 from flm_scale.data.index import Index
 from flm_scale.data.order import keyed_rng
 from flm_scale.data.pack import pack
@@ -51,7 +51,7 @@ def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, toke
     said: dict[str, list[str]] = {"greedy": [], "beam": []}
     batches = list(batches_of(processes.share(images)))
     for chosen in track(batches, description="captions", transient=True, disable=processes.rank > 0):
-        pixels = read_pixels(index, chosen, size=run.vision.image_size)
+        pixels = read_pixels(index, chosen, size=run.vision.image_size, frames=run.vision.frames)
         for kind, beams in (("greedy", 1), ("beam", BEAMS)):
             captions = write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams)
             said[kind] += [caption.text for caption in captions]
@@ -125,7 +125,7 @@ def other_pictures(labels: Sequence[str], *, seed: int) -> list[int]:
 
 def write_captions(run: Run, model: VisionLanguageModel, pixels: np.ndarray, *, tokenizer: AnyTokenizer, objective: Objective,
                    beams: int) -> list[Caption]:
-    """Return a caption for each picture. pixels: uint8 [N, 3, height, width]."""
+    """Return a caption for each picture. pixels: uint8 [N, 3, height, width], of clips [N, F, 3, height, width]."""
     device = next(model.parameters()).device
     found = generate(model, objective, torch.from_numpy(pixels).to(device), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id,
                      vocab_size=tokenizer.vocab_size, max_length=run.text.max_length, beams=beams)
@@ -150,12 +150,15 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def read_pixels(index: Index, images: Sequence[int], *, size: int) -> np.ndarray:
-    """Return pictures of a split as uint8 [N, 3, size, size]. Raises DataError that names the sample which cannot be decoded."""
+def read_pixels(index: Index, images: Sequence[int], *, size: int, frames: int = 1) -> np.ndarray:
+    """Return pictures of a split as uint8 [N, 3, size, size], or clips as [N, frames, 3, size, size].
+
+    Raises DataError that names the sample which cannot be decoded.
+    """
     pixels = []
     for image in images:
         try:
-            pixels.append(decode_image(index.read_image(image), size=size))
+            pixels.append(decode_sample(index.read_image(image), size=size, frames=frames))
         except DataError as error:
             raise DataError(f"sample {index.keys[image]}: {error}") from error
     return np.stack(pixels)

@@ -10,6 +10,7 @@ import torch
 
 from flm_scale.batch import Example
 from flm_scale.config import Run
+from flm_scale.data.clips import contact_sheet, is_clip
 from flm_scale.data.index import Index
 from flm_scale.data.order import keyed_rng
 from flm_scale.data.pack import pack
@@ -41,7 +42,7 @@ def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index:
 def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, index: Index, tokenizer: AnyTokenizer,
              objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield what is known and said of each picture."""
-    pixels = read_pixels(index, images, size=run.vision.image_size)
+    pixels = read_pixels(index, images, size=run.vision.image_size, frames=run.vision.frames)
     greedy, beam = (write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams) for beams in (1, BEAMS))
     for number, image in enumerate(images):
         key, truth = index.keys[image], index.captions[image][0]
@@ -54,7 +55,7 @@ def fill_in(run: Run, model: VisionLanguageModel, pixels: np.ndarray, caption: s
             objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield each target of the objective's first part: its piece, what was hidden with it, and what the model says instead.
 
-    pixels: uint8 [3, height, width].
+    pixels: uint8 [3, height, width], of a clip [F, 3, height, width].
     """
     ids = np.array(tokenizer.encode(caption, max_length=run.text.max_length), np.int32)
     shown = objective.whole(ids).ids
@@ -83,9 +84,12 @@ def hidden_from(view: Example, ids: np.ndarray, *, row: int) -> np.ndarray:
 
 
 def write_picture(data: bytes, path: Path) -> None:
-    """Write an encoded picture as PNG, enlarged by a whole factor to LEAST_SIDE at least."""
+    """Write an encoded picture as PNG, enlarged by a whole factor to LEAST_SIDE at least; of a clip four frames in two rows."""
     from PIL import Image
 
+    if is_clip(data):
+        Image.fromarray(contact_sheet(data, side=2 * LEAST_SIDE)).save(path)
+        return
     with Image.open(io.BytesIO(data)) as opened:
         picture = opened.convert("RGB")
     factor = max(1, -(-LEAST_SIDE // min(picture.size)))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flm_scale.data.images import decode_image
+from flm_scale.checkpoint.weights import read_run
+from flm_scale.data.clips import contact_sheet, decode_sample, is_clip
 from flm_scale.errors import DataError
 from flm_scale.evals.caption import BEAMS, Caption, write_captions
 from flm_scale.evals.run import open_run
@@ -15,16 +16,18 @@ PICTURE_SIDE, FOOT_HEIGHT, MARGIN, LETTER_SIZE = 384, 64, 12, 18
 
 
 def caption_files(run_dir: Path, images: list[Path], *, out: Path, tensor: int = 1, pipe: int = 1) -> None:
-    """Print a greedy and a beam caption of each file, and write OUT/NAME.caption.png: the square that the model saw, with both beneath.
+    """Print a greedy and a beam caption of each file, and write OUT/NAME.caption.png: the square that the model saw, or four frames of the clip,
+    with both beneath.
 
     tensor, pipe: how the model is cut over this launch's processes; the replicas that are left share the files, rank 0 prints and writes.
-    Raises DataError for the first file that is missing or not a picture; nothing is written then.
+    Raises DataError for the first file that is missing or not a picture, or not a clip where the run has seen clips; nothing is written then.
     """
-    read = [(path, read_file(path)) for path in images]
+    frames = read_run(run_dir).vision.frames
+    read = [(path, read_file(path, frames=frames)) for path in images]
     trained = open_run(run_dir, tensor=tensor, pipe=pipe)
     processes = start_processes(trained.run.parallel)
     model = trained.model(processes)
-    pixels = [decode_image(data, size=trained.run.vision.image_size) for _, data in processes.share(read)]
+    pixels = [decode_sample(data, size=trained.run.vision.image_size, frames=frames) for _, data in processes.share(read)]
     greedy, beam = (processes.gather(write_captions(trained.run, model, np.stack(pixels), tokenizer=trained.tokenizer, objective=trained.objective,
                                                     beams=beams) if pixels else []) for beams in (1, BEAMS))
     if processes.rank:
@@ -39,11 +42,11 @@ def caption_files(run_dir: Path, images: list[Path], *, out: Path, tensor: int =
         print("\n  ".join([str(path), *lines, str(picture)]))
 
 
-def read_file(path: Path) -> bytes:
-    """Return a picture file's bytes. Raises DataError, one line, when it is missing or does not decode."""
+def read_file(path: Path, *, frames: int) -> bytes:
+    """Return a picture's or clip's bytes. Raises DataError, one line, when it is missing, does not decode, or is no clip of several frames."""
     try:
         data = path.read_bytes()
-        decode_image(data, size=8)
+        decode_sample(data, size=8, frames=frames)
     except OSError as error:
         raise DataError(f"picture {path}: {error.strerror}; check the path") from error
     except DataError as error:
@@ -57,11 +60,12 @@ def describe(caption: Caption) -> str:
 
 
 def draw_caption(data: bytes, lines: list[str], path: Path) -> None:
-    """Write the picture's centre square with lines of text beneath."""
+    """Write the picture's centre square, or four frames of the clip, with lines of text beneath."""
     from PIL import Image, ImageDraw, ImageFont
 
     sheet = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE + FOOT_HEIGHT), "white")
-    sheet.paste(Image.fromarray(decode_image(data, size=PICTURE_SIDE).transpose(1, 2, 0)))
+    look = contact_sheet(data, side=PICTURE_SIDE) if is_clip(data) else decode_sample(data, size=PICTURE_SIDE).transpose(1, 2, 0)
+    sheet.paste(Image.fromarray(look))
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         size = LETTER_SIZE

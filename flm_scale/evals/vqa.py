@@ -258,7 +258,8 @@ def orders_of(plan: Sequence[MicroBatch], *, epoch: int, rank: int, size: int) -
 
 def question_batches(run: Run, questions: Questions, task: Objective, orders: list[Order]) -> Iterator[Batch]:
     """Yield the packed micro-batches."""
-    dataset = MicroBatches(questions.index, questions.token_ids, task, seed=run.seed, image_size=run.vision.image_size)
+    dataset = MicroBatches(questions.index, questions.token_ids, task, seed=run.seed, image_size=run.vision.image_size,
+                           frames=run.vision.frames)
     yield from torch_loader(dataset, orders, workers=run.data.workers)
 
 

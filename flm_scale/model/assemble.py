@@ -31,12 +31,15 @@ from flm_scale.objectives.objective import Objective
 # Parameters that are tables of vectors rather than matrices that multiply; like 1-d tensors they are not decayed.
 TABLES = re.compile(r"^text_entry\.|\.kinds?\.weight$|_embedding$")
 TIED_WITH = {"head.decoder.weight": "text_entry.tokens.weight"}
-FRESH_VISION = re.compile(r"^vision_exit\.(fresh_norm|projection|kind)\.")
+FRESH_VISION = re.compile(r"^vision_exit\.(fresh_norm|projection|kind)\.|^vision_\d+\.temporal\.")
+ZEROS = re.compile(r"\.temporal\.position_embedding$")
 # The head is filled too, but reads what no file has trained: the rows behind fusion. So it learns at the full rate.
 PRETRAINED_TEXT = re.compile(r"^text_entry\.|^bottom_\d+\.streams\.|^bridge_entry\.(positional_embedding|kind_embedding|norm\.)|^bridge_\d+_")
 
 Turn = Callable[[Tensor], Tensor]
 """What one stage makes of the rows [rows, D] that come in; the last one may end with logits or scores."""
+Start = Callable[[str, tuple[int, ...]], Any]
+"""Gives a whole weight that a run starts from, by name and shape; None for what it does not have."""
 Relay = Callable[[Tensor, Turn], Tensor]
 """Lets every stage take its turn, first to last, and returns on all of them what the last one gave."""
 
@@ -118,12 +121,13 @@ def assemble(run: Run, builders: Mapping[str, Callable[[], nn.Module]], *, relay
 
 
 def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrained: bool = True, pretrained_text: PretrainedEncoder | None = None,
-                   language_model: FrozenLm | None = None, weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
+                   language_model: FrozenLm | None = None, start: Start | None = None,
+                   weight_of: Callable[[str], Any] | None = None) -> dict[str, Callable[[], nn.Module]]:
     """Return, in the list's order, what builds each layer with its initial weights; a process calls those of its own stage.
 
     load_pretrained: False where a run's own weights will fill the layers, so that no download is needed.
     pretrained_text: what `text.pretrained`, or `text.bridge.pretrained`, names, opened; needed where the run names some and starts from them.
-    language_model: that of a run around a frozen one, if it is open already.
+    language_model: that of a run around a frozen one, if it is open already.   start: what else it starts from, which goes before all the rest.
     weight_of: gives every whole weight by name, to be filled from (model.parts.fill); then nothing is drawn or downloaded, but a frozen language
     model, whose weights are in no checkpoint.
     """
@@ -147,6 +151,8 @@ def layer_builders(run: Run, objective: Objective, parts: Parts, *, load_pretrai
                 own_name = TIED_WITH.get(weight, weight) if is_tied(run) else weight
                 if weight_of is not None:
                     fill(parameter, weight_of(own_name))
+                elif start and (whole := start(own_name, whole_shape(parameter.shape, shard_of(parameter)))) is not None:
+                    fill(parameter, whole)
                 elif not parameter.is_meta and not (name in names and is_pretrained(run, weight)):
                     values = initial_values(parameter, name=own_name, seed=run.seed)
                     fill(parameter, pretrained_text.over(own_name, values) if pretrained_text else values)
@@ -267,11 +273,13 @@ def initialize(parameter: Tensor, *, name: str, seed: int) -> None:
 def initial_values(parameter: Tensor, *, name: str, seed: int) -> Tensor:
     """Return the whole of a weight: norms 1, biases 0, tables N(0, .02), matrices N(0, 1/4 of the inputs' inverse), which is .018 at 768 inputs.
 
+    What lets a tower of pictures see clips begins as nothing: alpha, like a bias, and frames' positions at 0.
+
     Drawn from a generator keyed by seed and name, so that it does not depend on the other weights, their order or the layout.
     """
     # A piece of a sharded weight is cut out of the whole one, so that every layout starts from the same weights.
     shape = whole_shape(parameter.shape, shard_of(parameter))
-    if parameter.ndim < 2 and not name.endswith("_embedding"):
+    if (parameter.ndim < 2 and not name.endswith("_embedding")) or ZEROS.search(name):
         return torch.full(shape, 1.0 if name.endswith("weight") else 0.0)
     generator = generator_of(name, seed=seed)
     scale = 0.02 if is_table(name, parameter) else 0.5 * math.prod(shape[1:]) ** -0.5

@@ -31,7 +31,7 @@ class Generated(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Tensor, "N 3 height width"], *, bos_id: int, eos_id: int,
+def generate(model: VisionLanguageModel, objective: Objective, pixels: UInt8[Tensor, "N *F 3 height width"], *, bos_id: int, eos_id: int,
              vocab_size: int, max_length: int, beams: int = 1) -> list[Generated]:
     """Return one caption a picture: the finished hypothesis with the best mean log-probability; one beam is greedy search.
 
@@ -89,7 +89,7 @@ class EncodedImages(NamedTuple):
 
 
 @torch.no_grad()
-def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N 3 height width"]) -> EncodedImages:
+def encode_images(model: VisionLanguageModel, pixels: UInt8[Tensor, "N *F 3 height width"]) -> EncodedImages:
     """Run the tower, and the bridge where there is one."""
     nothing = torch.empty(0, dtype=torch.long, device=pixels.device)
     none = nothing.new_empty(len(pixels), 0)

@@ -117,7 +117,7 @@ class Parts(Protocol):
         """From vectors to tokens: `forward(rows, target_ids)` scores targets, `logits(rows)` gives all logits."""
         ...
 
-    def share_of_images(self, pixels: UInt8[Tensor, "N 3 height width"]) -> UInt8[Tensor, "n 3 height width"]:
+    def share_of_images(self, pixels: UInt8[Tensor, "N *F 3 height width"]) -> UInt8[Tensor, "n *F 3 height width"]:
         """The images that this process encodes: all, or its share."""
         ...
 
@@ -151,7 +151,7 @@ class PlainParts:
         """Return a decoder with the whole vocabulary."""
         return Decoder(size, num_rows)
 
-    def share_of_images(self, pixels: UInt8[Tensor, "N 3 height width"]) -> UInt8[Tensor, "N 3 height width"]:
+    def share_of_images(self, pixels: UInt8[Tensor, "N *F 3 height width"]) -> UInt8[Tensor, "N *F 3 height width"]:
         """Return all images."""
         return pixels
 

@@ -2,11 +2,13 @@
 
 Pixels [N, 3, height, width] uint8 become image rows [N*I, D] in the text width; every token is kept, the class token first where there is one.
 With `vision.merged` a block ends with the decision which of its rows merge, and the next entry begins with merging them (model/reducers.py).
+A clip of F frames is F pictures until the last block, which hands on their mean: behind the tower a clip is an image.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -21,6 +23,7 @@ from flm_scale.errors import CheckpointError, ConfigError, did_you_mean
 from flm_scale.model.parts import Parts, PlainParts
 from flm_scale.model.pretrained import Account, Fate
 from flm_scale.model.reducers import count_patches, match, merge_decided, merge_schedule
+from flm_scale.model.temporal import ClipBlock, Steps, TemporalAttention
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,10 +50,13 @@ class Tower(NamedTuple):
 class VisionEntry(nn.Module):
     """Pixels to patch tokens: normalise, patch projection, class token, positions."""
 
-    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour, merges: bool) -> None:
-        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with.   merges: whether rows do, behind some block."""
+    def __init__(self, tower: Tower, parts: Parts, *, mean: Colour, std: Colour, merges: bool, frames: int = 1) -> None:
+        """mean, std: of red, green and blue in [0, 1], as the tower's weights were trained with.   merges: whether rows do, behind some block.
+
+        frames: F.
+        """
         super().__init__()
-        self.share, self.merges = parts.share_of_images, merges
+        self.share, self.merges, self.frames = parts.share_of_images, merges, frames
         self.patches, self.norm = tower.patches, tower.first_norm
         self.class_embedding = tower.class_embedding
         if tower.positional_embedding.requires_grad:
@@ -70,8 +76,12 @@ class VisionEntry(nn.Module):
         return embedded.flatten(0, 1)
 
     def forward(self, state: State) -> State:
-        """State with pixels in, with image rows out: of all images, or of this shard's."""
-        state = state._replace(rows=self.embed(self.share(state.rows)))
+        """State with pixels in, with image rows out: of all images, or of this shard's; of clips [N*F*I, width]."""
+        pixels = self.share(state.rows)
+        if self.frames > 1:
+            assert pixels.shape[1] == self.frames, "the loader gives as many frames as the run states"
+            pixels = pixels.flatten(0, 1)
+        state = state._replace(rows=self.embed(pixels))
         return count_patches(state, num_tokens=len(self.positional_embedding)) if self.merges else state
 
 
@@ -100,6 +110,21 @@ class VisionBlock(nn.Module):
             return state
         # Rows, not keys as in the paper: the blocks are open_clip's and timm's as they are, which keep their keys to themselves.
         return state._replace(merge_slots=match(images, state.sizes, merged=self.merged, protected=self.protected))
+
+
+def halves_of(block: nn.Module) -> Steps:
+    """Return the two residual steps of a block, attention and MLP. Raises ConfigError for a block that is not known to be made of these."""
+    from open_clip.transformer import ResidualAttentionBlock
+    from timm.models.vision_transformer import Block
+
+    one: Any = block
+    # Exact classes: what derives from them does other things between the halves.
+    if type(block) is ResidualAttentionBlock:
+        return lambda x: x + one.ls_1(one.attention(one.ln_1(x))), lambda x: x + one.ls_2(one.mlp(one.ln_2(x)))
+    if type(block) is Block:
+        return lambda x: x + one.ls1(one.attn(one.norm1(x))), lambda x: x + one.ls2(one.mlp(one.norm2(x)))
+    raise ConfigError(f"vision.frames: a tower of blocks of the kind {type(block).__name__} cannot be opened for clips; choose a plain ViT, such as "
+                      "ViT-B-32 or ViT-B-16-SigLIP, or vision.frames 1")
 
 
 class VisionExit(nn.Module):
@@ -160,6 +185,8 @@ def build_vision(config: OpenClipVisionConfig | SmallVisionConfig, *, text_width
     """
     tower = _parts(_small_tower(config) if isinstance(config, SmallVisionConfig) else _named_tower(config, load_pretrained=load_pretrained))
     assert tower is not None, "named_sizes refuses what is not a ViT"
+    if config.frames > 1:
+        halves_of(tower.blocks[0])
     mean, std = colours(config)
     return tower_layers(tower, config, parts or PlainParts(), text_width=text_width, mean=mean, std=std)
 
@@ -177,16 +204,23 @@ def tower_layers(tower: Tower, config: OpenClipVisionConfig | SmallVisionConfig,
     blocks = tower.blocks[:-1] if config.output == "penultimate" else tower.blocks
     tokens = merge_schedule(config.merged or (0,), len(tower.positional_embedding), len(blocks), protected=protected, option="vision.merged")
     arriving = (tokens[0], *tokens[:-1])
-    layers = [VisionEntry(tower, parts, mean=mean, std=std, merges=merges),
-              *(VisionBlock(block, arriving=before, image_tokens=now, merged=now - behind, protected=protected, rope=tower.rope)
-                for block, before, now, behind in zip(blocks, arriving, tokens, tokens[1:], strict=False)),
+
+    def block_layer(i: int, block: nn.Module) -> nn.Module:
+        if config.frames == 1:
+            return VisionBlock(block, arriving=arriving[i], image_tokens=tokens[i], merged=tokens[i] - tokens[i + 1], protected=protected,
+                               rope=tower.rope)
+        temporal = TemporalAttention(config.temporal, width=tower.patches.out_channels, frames=config.frames)
+        return ClipBlock(block, temporal, halves_of=halves_of, image_tokens=tokens[i], is_last=block is blocks[-1])
+
+    layers = [VisionEntry(tower, parts, mean=mean, std=std, merges=merges, frames=config.frames), *starmap(block_layer, enumerate(blocks)),
               VisionExit(tower, parts, arriving=arriving[-1], image_tokens=tokens[-1], text_width=text_width)]
     for layer in layers:
         parts.sum_image_gradients(layer)
     if not config.trainable:
         for layer in layers:
             layer.requires_grad_(False)
-        for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind):
+        temporal = [layer.temporal for layer in layers if isinstance(layer, ClipBlock)]
+        for module in (layers[-1].fresh_norm, layers[-1].projection, layers[-1].kind, *temporal):
             module.requires_grad_(True)
     return layers
 

@@ -39,6 +39,10 @@ class VisionShape:
     """FLOPs of a network that has no blocks, for one picture."""
     merged: tuple[int, ...] = ()
     """vision.merged of the config."""
+    frames: int = 1
+    """F: pictures that the tower sees of one image, which is a clip."""
+    temporal_width: int = 0
+    """Of queries and keys over frames."""
 
     @property
     def image_tokens(self) -> int:
@@ -56,7 +60,8 @@ def vision_shape(config: OpenClipVisionConfig | SmallVisionConfig, named_sizes: 
     sizes = config.model_dump() if isinstance(config, SmallVisionConfig) else named_sizes
     assert sizes is not None, "a named tower's sizes come from model.vision, the door to open_clip"
     return VisionShape(sizes["width"], sizes["layers"] - (config.output == "penultimate"), sizes["patch_size"], config.image_size,
-                       sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1), merged=config.merged)
+                       sizes.get("block_weights", 12 * sizes["width"] ** 2), sizes.get("prefix_tokens", 1), merged=config.merged,
+                       frames=config.frames, temporal_width=config.temporal.width if config.frames > 1 else 0)
 
 
 def shape_of(config: Vision) -> VisionShape:
@@ -107,11 +112,14 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 
     executed: count attention as the padded views compute it, not over real lengths.
     'projections' are the linear from the tower and the one at the entry of the fusion layers; image keys and values are in 'fusion'.
-    Of a run around a frozen language model the parts are vision, bridge, language_model and head.
+    Of a run around a frozen language model the parts are vision, bridge, language_model and head; of clips there is a part temporal.
     """
+    tower = {"vision": vision_flops(vision) * shapes.num_images}
+    if vision.frames > 1:
+        tower["temporal"] = temporal_flops(vision) * shapes.num_images
     if isinstance(run.text, LanguageModelConfig):
         flops = bridge_flops(run.text, vision)
-        return {"vision": vision_flops(vision) * shapes.num_images, "bridge": sum(flops.values()) * shapes.num_images,
+        return {**tower, "bridge": sum(flops.values()) * shapes.num_images,
                 **language_flops(run.text, shapes, vision, executed=executed)}
     d, text, streams, queries = run.transformer.width, run.transformer, shapes.num_streams, shapes.num_queries
     image_tokens = vision.tokens[-1]
@@ -124,7 +132,7 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
     # A query reads the rows of all streams; without queries the layer is skipped, keys and values too.
     reconstructor_layer = 20 * d * d * queries + 4 * d * d * stream_rows * (queries > 0) + 4 * d * streams * query_pairs
     return {
-        "vision": vision_flops(vision) * shapes.num_images,
+        **tower,
         "bottom": text.bottom_layers * stream_layer,
         "fusion": text.fusion_layers * (stream_layer + image_attention),
         "reconstructor": (text.reconstructor_bottom_layers + text.reconstructor_fusion_layers) * reconstructor_layer,
@@ -134,18 +142,24 @@ def forward_flops(run: Run, shapes: BatchShapes, vision: VisionShape, *, execute
 
 
 def vision_flops(vision: VisionShape) -> float:
-    """Return the forward FLOPs of the tower for one image: patches, then blocks."""
+    """Return the forward FLOPs of the tower for one image, or all frames of a clip: patches, then blocks."""
     return vision.convolutions or patch_flops(vision) + sum(block_flops(vision))
 
 
 def patch_flops(vision: VisionShape) -> float:
-    """Return the forward FLOPs of the tower's entry for one image."""
-    return 6 * vision.patch_size ** 2 * vision.width * (vision.image_tokens - vision.prefix_tokens)
+    """Return the forward FLOPs of the tower's entry for one image, or all frames of a clip."""
+    return vision.frames * 6 * vision.patch_size ** 2 * vision.width * (vision.image_tokens - vision.prefix_tokens)
 
 
 def block_flops(vision: VisionShape) -> list[float]:
-    """Return the forward FLOPs of each block for one image. Matching and merging do not count."""
-    return [2 * vision.block_weights * tokens + 4 * vision.width * tokens ** 2 for tokens in vision.tokens[:-1]]
+    """Return the forward FLOPs of each block for one image, or all frames of a clip. Matching and merging do not count."""
+    return [vision.frames * (2 * vision.block_weights * tokens + 4 * vision.width * tokens ** 2) for tokens in vision.tokens[:-1]]
+
+
+def temporal_flops(vision: VisionShape) -> float:
+    """Return the forward FLOPs of the attention over the frames of one clip, in all blocks: queries and keys, then both products, at each place."""
+    d, width, frames = vision.width, vision.temporal_width, vision.frames
+    return vision.layers_run * vision.image_tokens * (4 * d * width * frames + 2 * (width + d) * frames ** 2)
 
 
 def bridge_flops(config: LanguageModelConfig, vision: VisionShape) -> dict[str, float]:
@@ -174,10 +188,10 @@ def language_flops(config: LanguageModelConfig, shapes: BatchShapes, vision: Vis
 def training_flops(run: Run, forward: Mapping[str, float]) -> float:
     """Return the model FLOPs of forward and backward: three times the forward, a frozen tower once, a frozen language model twice.
 
-    Gradients go through the language model, and none to its weights. What is computed twice to save memory (recompute, the logits) is not counted:
-    utilisation is about useful work.
+    Gradients go through the language model, and none to its weights; so they do through a frozen tower that sees clips, whose temporal attention
+    trains. What is computed twice to save memory (recompute, the logits) is not counted: utilisation is about useful work.
     """
-    passes = {"vision": 3 if run.vision.trainable else 1}
+    passes = {"vision": 3 if run.vision.trainable else 2 if run.vision.frames > 1 else 1}
     if isinstance(run.text, LanguageModelConfig):
         passes |= {"language_model": 2, "head": 2}
     return sum(flops * passes.get(part, 3) for part, flops in forward.items())

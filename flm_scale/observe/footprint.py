@@ -40,22 +40,28 @@ def footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longest: i
 
 
 def tower_footprints(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, Footprint]:
-    """Return those of the vision tower, without its exit. One that is frozen keeps nothing."""
+    """Return those of the vision tower, without its exit. One that is frozen keeps nothing, but for clips."""
     element, share = element_bytes(run.precision), run.parallel.tensor if run.parallel.vision == "shard_batch" else 1
-    images, width, trains = shapes.num_images / share, vision.width, run.vision.trainable
+    images, width, trains, frames = shapes.num_images / share, vision.width, run.vision.trainable, vision.frames
     # Two matrices of an MLP of m units hold 2 * width * m numbers, and m is kept before and behind the activation.
-    block = width * 9 + (vision.block_weights - 4 * width ** 2) / width
+    hidden = (vision.block_weights - 4 * width ** 2) / (2 * width)
+    block = width * 9 + 2 * hidden
+    if frames > 1:  # rows in, rows by place, their mixture, queries and keys; a frozen tower's matrices keep no input
+        block += 3 * width + 2 * vision.temporal_width - (not trains) * (2 * width + hidden)
     shares = share > 1  # then images are gathered, and gradients of the tower's matrices summed
 
-    def layer(tokens: int, saved: float, reduced: float) -> Footprint:
-        """tokens: rows of an image that leave.   saved: numbers of an image."""
+    def layer(leaving: int, saved: float, reduced: float, *, keeps: bool) -> Footprint:
+        """leaving: rows of an image.   saved: numbers of an image."""
         kept = element * images * saved
-        return Footprint(trains * kept, element * images * tokens * width, element * shares * trains * reduced, kept)
+        return Footprint(keeps * kept, element * images * leaving * width, element * shares * reduced, kept)
 
-    pixels, patch = 3 * vision.image_size ** 2, 3 * vision.patch_size ** 2
-    found = {"vision_entry": layer(vision.image_tokens, pixels + vision.image_tokens * width, width * (patch + vision.image_tokens))}
-    return found | {f"vision_{i}": layer(tokens, tokens * block + weights, vision.block_weights)
-                    for i, (tokens, weights) in enumerate(zip(vision.tokens[:-1], merge_weights(vision)[:-1], strict=True))}
+    pixels, rows, patch = 3 * vision.image_size ** 2, frames * vision.image_tokens, 3 * vision.patch_size ** 2
+    found = {"vision_entry": layer(rows, frames * pixels + rows * width, trains * width * (patch + vision.image_tokens), keeps=trains)}
+    reduced = trains * vision.block_weights + 2 * width * vision.temporal_width
+    for i, (tokens, weights) in enumerate(zip(vision.tokens[:-1], merge_weights(vision)[:-1], strict=True)):
+        leaving = tokens if i + 1 == vision.layers_run else frames * tokens  # behind the last block a clip is an image
+        found[f"vision_{i}"] = layer(leaving, frames * tokens * block + weights, reduced, keeps=trains or frames > 1)
+    return found
 
 
 def merge_weights(vision: VisionShape) -> list[int]:
@@ -97,7 +103,7 @@ def text_footprints(run: Run, shapes: BatchShapes, vision: VisionShape, *, longe
 
     shares = run.parallel.vision == "shard_batch" and pieces > 1
     images = shapes.num_images / (pieces if shares else 1)
-    trains, leaves = run.vision.trainable, tokens[-1] * vision.width
+    trains, leaves = run.vision.trainable or vision.frames > 1, tokens[-1] * vision.width
     found = {"vision_exit": layer(images * (leaves + trains * (leaves + merge_weights(vision)[-1])), leaving=image_rows * d,
                                   reduced=shares * d * (image_rows + vision.width))}
     found["text_entry"] = layer(0 if pre else d * (shapes.text_tokens + shapes.num_queries), reduced=d * shapes.text_tokens)

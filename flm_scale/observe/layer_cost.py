@@ -47,8 +47,9 @@ def expected_shapes(run: Run) -> BatchShapes:
 def layer_flops(run: Run, shapes: BatchShapes, vision: VisionShape) -> dict[str, float]:
     """Return the forward FLOPs of each layer of the list, in its order; they add up to those of forward_flops, to the last digit."""
     parts = forward_flops(run, shapes, vision)
+    temporal = parts.get("temporal", 0.0) / max(vision.layers_run, 1)
     tower = {"vision_entry": patch_flops(vision) * shapes.num_images,
-             **{f"vision_{i}": flops * shapes.num_images for i, flops in enumerate(block_flops(vision))}}
+             **{f"vision_{i}": flops * shapes.num_images + temporal for i, flops in enumerate(block_flops(vision))}}
     if isinstance(run.text, LanguageModelConfig):
         bridge = {name: flops * shapes.num_images for name, flops in bridge_flops(run.text, vision).items()}
         return tower | bridge | {"head": parts["language_model"] + parts["head"]}
@@ -81,7 +82,7 @@ def stage_costs(run: Run, vision: VisionShape) -> dict[str, float]:
     """Return what each layer of the list costs one process in a typical micro-batch: FLOPs forward, backward and, if so, again.
 
     A frozen language model's backward pass costs as much as its forward pass, because its weights take no gradient; what it computes again
-    is its layers, and not its head.
+    is its layers, and not its head. Blocks that hand gradients on to others alone, a frozen tower's on clips, count as if they trained.
     """
     shapes = expected_shapes(run)
     costs = {name: flops * ((3 if trains(run, name) else 1) + is_recomputed(run, name)) for name, flops in rank_flops(run, shapes, vision).items()}
@@ -104,12 +105,12 @@ def stage_bounds(run: Run, vision: VisionShape) -> list[int]:
 
 
 def trains(run: Run, name: str) -> bool:
-    """Return whether a layer has a backward pass: all have but those of a frozen tower, whose projection or bridge trains."""
-    return run.vision.trainable or name == "vision_exit" or not name.startswith("vision_")
+    """Return whether a layer has a backward pass: all have but those of a frozen tower. Its projection trains, and so do its blocks on clips."""
+    return run.vision.trainable or not name.startswith("vision_") or name == "vision_exit" or (run.vision.frames > 1 and name != "vision_entry")
 
 
 def is_recomputed(run: Run, name: str) -> bool:
     """Return whether a layer runs again in the backward pass: not where rows come in without a gradient, nor the head (assemble.run_layers)."""
     behind_tower = "vision_exit" if isinstance(run.text, TextConfig) else "bridge_entry"
-    first_to_train = "vision_entry" if run.vision.trainable else behind_tower
+    first_to_train = "vision_entry" if run.vision.trainable else "vision_0" if run.vision.frames > 1 else behind_tower
     return run.recompute and trains(run, name) and name not in {first_to_train, "head"}

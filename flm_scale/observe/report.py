@@ -124,6 +124,7 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
     vision, text, batch, optim = run.vision, run.text, run.batch, run.optim
     tower = f"ViT, width {vision.width}, {vision.layers} layers, patch {vision.patch_size}" if vision.kind == "vit" else vision.name
     merged = f" · {', '.join(map(str, vision.merged))} rows merged behind each block" if any(vision.merged) else ""
+    clip = f" · {vision.frames} frames" if vision.frames > 1 else ""
     if isinstance(text, LanguageModelConfig):
         reads = f"{text.name} · frozen · behind a bridge of width {text.bridge.width}, {text.bridge.layers} layers, {text.bridge.reducer.kind}"
     else:
@@ -136,7 +137,7 @@ def facts(run: Run, metrics: Rows) -> list[tuple[str, str]]:
                          for name, value in run.objective.model_dump(exclude={"kind"}).items() if not isinstance(value, bool))
     return [
         ("Objective", run.objective.kind.replace("_", " ").upper() + (f" · {settings}" if settings else "")),
-        ("Vision", f"{tower} · {vision.image_size} px{'' if vision.trainable else ' · frozen'}{merged}"),
+        ("Vision", f"{tower} · {vision.image_size} px{clip}{'' if vision.trainable else ' · frozen'}{merged}"),
         ("Text", reads),
         *([("Parameters", f"{parameters[0] / 1e6:,.1f} million")] if parameters else []),
         ("Step", f"{batch.micro_batches} micro-batches: {batch.text_tokens:,} tokens, {batch.captions} captions, {batch.images} pictures at most"),

@@ -87,7 +87,7 @@ class TensorParts:
         self._mark(decoder.bias, dim=0, size=num_rows)
         return decoder
 
-    def share_of_images(self, pixels: UInt8[Tensor, "N 3 height width"]) -> UInt8[Tensor, "n 3 height width"]:
+    def share_of_images(self, pixels: UInt8[Tensor, "N *F 3 height width"]) -> UInt8[Tensor, "n *F 3 height width"]:
         """Return this process's images, as many on each; black ones fill up the last share."""
         if not self.shares_images:
             return pixels

@@ -44,7 +44,7 @@ DOORS = {
     "deepspeed": "engine/deepspeed.py", "megatron": "parallel/tensor.py", "ray": "data/actors.py", "webdataset": "data/shards.py",
     "open_clip": "model/vision.py", "timm": "model/convnet.py", "sentencepiece": "data/tokens.py", "transformers": "model/frozen_lm.py",
     "aiohttp": "data/prepare/fetch.py", "fsspec": "data/storage.py", "simplejpeg": "data/images.py", "py3langid": "data/prepare/filters.py",
-    "torchvision": "data/augment.py",
+    "torchvision": "data/augment.py", "av": "data/clips.py",
 }
 # open_clip builds towers of timm's blocks, which its door looks at.
 SECOND_DOORS = {"timm": "model/vision.py"}

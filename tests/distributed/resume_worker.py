@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flm_scale.checkpoint.store import begin, commit, open_checkpoint, partial_folder, write_rank
 from flm_scale.config import ParallelConfig, Run
+from flm_scale.config_vision import TemporalConfig
 from flm_scale.engine.base import Engine
 from tests.distributed.worker import HAS_COMPILER, Case, case_run, close_groups, engine_of, weights_of
 from tests.synthetic import random_batch, tiny_language_run
@@ -33,7 +34,7 @@ class Cut(NamedTuple):
     precision: str = "fp32"
     special: str = ""
     """sgd, frozen (the vision tower), offload (DeepSpeed's CPU Adam, which may have to be compiled), simvlg (into a frozen language model), merged
-    (rows of the vision tower)."""
+    (rows of the vision tower), clips (the tower frozen, but for what sees frames)."""
 
     def name(self, size: int) -> str:
         return f"{size}-{self.tensor}{self.pipe}{self.zero}-{self.precision}{self.special and '-'}{self.special}"
@@ -47,10 +48,11 @@ class Cut(NamedTuple):
 # By number of processes. ZeRO 1 in float32 is pairs_worker's.
 CUTS = {
     1: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(1, 1, 1, "bf16"), Cut(1, 1, 0, special="sgd"), Cut(1, 1, 0, special="frozen"),
-        Cut(1, 1, 0, special="simvlg"), Cut(1, 1, 0, special="merged")],
+        Cut(1, 1, 0, special="simvlg"), Cut(1, 1, 0, special="merged"), Cut(1, 1, 0, special="clips")],
     2: [Cut(1, 1, 0), Cut(1, 1, 2), Cut(1, 1, 3), Cut(2, 1, 2), Cut(2, 1, 3), Cut(1, 2, 0), *(Cut(1, 1, zero, "bf16") for zero in (1, 2, 3)),
         *(Cut(1, 1, zero, special="simvlg") for zero in (1, 2, 3)), Cut(1, 1, 3, "bf16", "simvlg"),
         *(Cut(1, 1, zero, special="merged") for zero in (1, 2, 3)), Cut(2, 1, 2, special="merged"),
+        *(Cut(1, 1, zero, special="clips") for zero in (1, 2, 3)), Cut(2, 1, 1, special="clips"), Cut(1, 2, 1, special="clips"),
         Cut(2, 1, 1, special="sgd"), Cut(1, 1, 2, special="sgd"), Cut(1, 1, 3, special="frozen"), Cut(1, 2, 1, special="frozen"),
         *([Cut(1, 1, 3, special="offload")] if HAS_COMPILER else [])],
     4: [Cut(2, 1, 3), Cut(2, 2, 1, "bf16")]}
@@ -64,8 +66,10 @@ def run_of(cut: Cut, out: Path) -> Run:
     if cut.special == "simvlg":
         return tiny_language_run(out / "language_model", precision=cut.precision, parallel=parallel, steps=2 * STEPS)
     run = case_run(case, data=1, parallel=parallel)
-    return run.replace(precision=cut.precision, steps=2 * STEPS, vision=run.vision.replace(
-        trainable=cut.special != "frozen", merged=(1,) if cut.special == "merged" else ()))
+    vision = run.vision.replace(trainable=cut.special not in {"frozen", "clips"}, merged=(1,) if cut.special == "merged" else ())
+    if cut.special == "clips":
+        vision = vision.replace(frames=3, temporal=TemporalConfig(width=16, heads=4, position=True))
+    return run.replace(precision=cut.precision, steps=2 * STEPS, vision=vision)
 
 
 def train(engine: Engine, run: Run, steps: Iterable[int]) -> list[tuple[float, float]]:

@@ -24,7 +24,7 @@ from flm_scale.errors import ConfigError, DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+PICTURES, CLIPS = frozenset({".jpg", ".jpeg", ".png", ".webp"}), frozenset({".mp4"})
 LISTINGS = ("metadata.jsonl", "captions.csv", "captions.txt")
 FILE_COLUMNS, CAPTION_COLUMNS = ("file_name", "image", "file", "filename"), ("text", "caption", "captions")
 ASKED = ("questions", "answers")
@@ -116,14 +116,18 @@ def open_listed(path: Path, spec: Spec) -> ListedPart:
 
 
 def _folder(folder: Path, spec: Spec) -> Iterable[Said]:
-    """List the folder: by a listing in it, or else every picture, whose captions are read with its row."""
+    """List the folder: by a listing in it, or else every picture, or clip, whose captions are read with its row."""
     for name in LISTINGS:
         if (file := folder / name).is_file():
             return _grouped(_json_lines(file, spec) if file.suffix == ".jsonl" else _csv_lines(file, spec))
     if spec.kept_columns:
         raise ConfigError(f"input.keep and filter.where name columns ({', '.join(spec.kept_columns)}); input {folder} has no "
                           f"{' or '.join(LISTINGS)} that holds them; clear them, or write one")
-    return (Said(path, None) for path in list_files(folder) if Path(path).suffix.lower() in PICTURES)
+    if not spec.input.clips:
+        return (Said(path, None) for path in list_files(folder) if Path(path).suffix.lower() in PICTURES)
+    files = [Path(path) for path in list_files(folder)]
+    framed = {path.parent for path in files if path.suffix.lower() in PICTURES} - {Path()}
+    return (Said(str(path), None) for path in sorted({path for path in files if path.suffix.lower() in CLIPS} | framed, key=os.fsencode))
 
 
 def list_files(folder: Path) -> list[str]:
@@ -133,8 +137,8 @@ def list_files(folder: Path) -> list[str]:
 
 
 def _captions_beside(image: Path | None) -> list[bytes | str | None]:
-    """Return the lines of KEY.txt beside KEY.jpg; none where there is no such file."""
-    file = image.with_suffix(".txt") if image else None
+    """Return the lines of KEY.txt beside KEY.jpg, or beside the folder KEY of frames; none where there is no such file."""
+    file = (image.with_name(f"{image.name}.txt") if image.is_dir() else image.with_suffix(".txt")) if image else None
     try:
         if file is None or not stat.S_ISREG(file.stat().st_mode):
             return []

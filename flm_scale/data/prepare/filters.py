@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flm_scale.data.clips import is_clip, middle_frame
 from flm_scale.data.images import ImageError, on_white
 from flm_scale.data.prepare.spec import Condition, ImageConfig, TextConfig
 from flm_scale.errors import ConfigError
@@ -90,15 +91,17 @@ def size_fate(width: int, height: int, config: ImageConfig) -> str:
 def perceptual_hash(image: bytes) -> int:
     """Return 64 bits that say where the coarse structure of a picture lies above its median: copies of one picture mostly have them all in common.
 
-    image: the file of a good picture, as it is stored.   It is imagehash's phash, bit for bit, in whole numbers and without scipy: the 8 x 8 lowest
-    cosine coefficients of 32 x 32 grey pixels. Raises ImageError. Source: hackerfactor.com, "Looks Like It".
+    image: the file of a good picture, as it is stored; of a clip the frame in its middle counts.   It is imagehash's phash, bit for bit, in whole
+    numbers and without scipy: the 8 x 8 lowest cosine coefficients of 32 x 32 grey pixels. Raises ImageError.
+    Source: hackerfactor.com, "Looks Like It".
     """
     from PIL import Image
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            grey = on_white(Image.open(io.BytesIO(image))).convert("L").resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.LANCZOS)
+            opened = Image.fromarray(middle_frame(image)) if is_clip(image) else on_white(Image.open(io.BytesIO(image)))
+            grey = opened.convert("L").resize((HASHED_SIDE, HASHED_SIDE), Image.Resampling.LANCZOS)
     except MemoryError:
         raise
     except Exception as error:  # Pillow refuses some of what simplejpeg takes, with almost any class

@@ -105,7 +105,7 @@ def finish(folder: Path, spec: Spec, inputs: Sequence[Input], shards: Sequence[S
 def library_versions(spec: Spec) -> dict[str, str]:
     """Return what decides bytes beside the spec."""
     libraries = ["pyarrow", *([] if spec.input.adopt else ["webdataset"]), *(["py3langid"] if spec.text.languages else []),
-                 *(["open_clip_torch"] if spec.score.pretrained else [])]
+                 *(["open_clip_torch"] if spec.score.pretrained else []), *(["av"] if spec.input.clips else [])]
     are_decoded = not spec.input.adopt or spec.filter.near_duplicates or spec.filter.forbidden or spec.score.pretrained
     return (codec_versions() if are_decoded else {}) | {name: version(name) for name in libraries} | {"unicode": unidata_version}
 

@@ -22,7 +22,7 @@ from flm_scale.data.tar import MAX_SAMPLES, Member, list_members, read_json
 from flm_scale.errors import ConfigError, DataError
 
 SUFFIXES = {"table": (".parquet", ".csv", ".tsv"), "shards": (".tar",), "coco": (".json",), "visual_genome": (".json",), "sbu": (".json",)}
-PICTURES = ("jpg", "jpeg", "png", "webp")
+PICTURES, CLIPS = ("jpg", "jpeg", "png", "webp"), ("mp4",)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class TarPart:
         name, key = f"{self.path.name}/{members[0].key}", members[0].key if self.spec.input.adopt else ""
         nothing = make_row(self.spec, name, [])._replace(key=key)
         rejected = next((member.rejected for member in members if member.rejected), "")
-        if key and sum(member.extension in PICTURES for member in members) > 1:
+        wanted = CLIPS if self.spec.input.clips else PICTURES
+        if key and sum(member.extension in {*PICTURES, *CLIPS} for member in members) > 1:
             rejected = rejected or "two_images"  # the tar goes on to hold both, and other readers may take either
         if rejected:
             return nothing._replace(fate=rejected)
@@ -169,7 +170,7 @@ class TarPart:
         url = fields.get("url")
         row = make_row(self.spec, url if isinstance(url, str) else name, [text for text in captions if isinstance(text, bytes | str)], fields,
                        columns={column: as_value(fields.get(column), kind) for column, kind in self.kinds.items()})
-        picture = next((member for extension in PICTURES for member in members if member.extension == extension), None)
+        picture = next((member for extension in wanted for member in members if member.extension == extension), None)
         if not picture or not picture.size:
             return row._replace(image=b"", fate=row.fate or "no_image", key=key)
         return row._replace(image=content[picture.extension], key=key, offset=picture.offset)

@@ -69,6 +69,9 @@ class InputConfig(Section):
     """More columns that go along, into the table and the sample's JSON; numbers also into the index, as float32."""
     images: Path | None = Field(None, strict=False)
     """Folder with the pictures of a table or annotation file, by their file names; without it they are fetched."""
+    clips: bool = False
+    """The samples are clips and not pictures: MP4 files, or in a folder also folders of pictures, each of them a clip of these in the order of
+    their names. image.* says how frames are scaled; what is encoded anew becomes H.264."""
     adopt: bool = False
     """Keep the tars of kind shards as they are: linked, each one a shard, no picture decoded; flm data import sets it."""
 
@@ -76,6 +79,8 @@ class InputConfig(Section):
     def _pictures_are_elsewhere(self) -> Self:
         if self.images and self.kind in ("folder", "shards"):
             raise ConfigError(f"input.images ({self.images}) does not go with input.kind {self.kind}, which holds its pictures; clear it")
+        if self.clips and self.kind in ("coco", "visual_genome", "sbu"):
+            raise ConfigError(f"input.clips does not go with input.kind {self.kind}, which names pictures; set input.kind to table, shards or folder")
         if self.adopt and self.kind != "shards":
             raise ConfigError(f"input.adopt keeps tars as they are, and input.kind {self.kind} has none; set input.kind shards")
         return self
@@ -244,6 +249,13 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _clips_are_no_pictures(self) -> Self:
+        if self.input.clips and self.filter.near_duplicates:
+            raise ConfigError("filter.near_duplicates compares single pictures, and clips that differ in motion alone would go; leave it out with "
+                              "input.clips")
+        return self
+
+    @model_validator(mode="after")
     def _there_is_one_score(self) -> Self:
         if self.score.pretrained and SCORE in self.kept_columns:
             raise ConfigError(f"{SCORE} is the column that score.pretrained makes, so the input's cannot be kept or compared; leave one of them out")
@@ -271,6 +283,8 @@ class Spec(Section):
         """Return every value that decides bytes, files by their sha256, as plain JSON. Raises ConfigError when a file cannot be read."""
         values = self.model_dump(mode="json", exclude={"fetch": {"concurrency", "contact"}})
         values["input"]["images"] = self.input.images is not None  # read or fetched; where they lie decides nothing
+        if not self.input.clips:
+            del values["input"]["clips"]  # what was begun before there were clips goes on
         if self.input.adopt:
             values["image"] = {name: value for name, value in values["image"].items() if name not in REDRAWING}
             del values["samples_per_shard"]

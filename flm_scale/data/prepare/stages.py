@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import accumulate
@@ -17,8 +17,10 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from flm_scale.data.clips import MAX_CLIP_FRAMES, ClipHeader, clip_header, fit_clip
 from flm_scale.data.images import Fitted, fit_image, read_header
 from flm_scale.data.manifest import Shard
+from flm_scale.data.prepare.annotations import PICTURES
 from flm_scale.data.prepare.filters import column_fate, keep_captions, perceptual_hash, read_forbidden, size_fate
 from flm_scale.data.prepare.inputs import Input
 from flm_scale.data.prepare.rewrite import read_samples, read_table, rewrite_shard
@@ -41,7 +43,8 @@ Status = Literal["success", "failed_to_download", "failed_to_resize", "filtered"
 TEXT_FATES = frozenset({"no_caption", "bad_text", "bad_questions"})
 # Columns that the table or the index has anyway: a condition may read an input's of that name, but it does not go along.
 RESERVED = frozenset({"key", "url", "caption", "captions", "questions", "answers", "concept", "status", "error_message", "image_offset",
-                      "image_bytes", "width", "height", "original_width", "original_height", "sha256", "original_sha256", "phash"})
+                      "image_bytes", "width", "height", "original_width", "original_height", "sha256", "original_sha256", "phash", "frames",
+                      "seconds"})
 MAX_ABOUT_BYTES = MAX_JSON_BYTES - 4096  # a sample's words and columns; the rest of its JSON is numbers and hashes
 
 
@@ -208,7 +211,8 @@ class _Shard:
     def _local(self, number: int, row: Row, captions: list[str]) -> Verdict:
         """Take the file from a tar or a folder."""
         with self._timed("read"):
-            data, fate = _read_local(row, self.spec.image.max_bytes)
+            is_folder = self.spec.input.clips and isinstance(row.image, Path) and row.image.is_dir()
+            data, fate = (_read_folder if is_folder else _read_local)(row, self.spec.image.max_bytes)
         return Verdict(self.lost, fate) if fate else self._picture(number, row, captions, data)
 
     def _fetched(self, number: int, row: Row, captions: list[str], result: "Response | FetchError") -> Verdict:
@@ -216,26 +220,23 @@ class _Shard:
             return Verdict("failed_to_download", result.reason)
         return self._picture(number, row, captions, result.content)
 
-    def _picture(self, number: int, row: Row, captions: list[str], data: bytes) -> Verdict:
-        """Judge, scale and encode one picture."""
+    def _picture(self, number: int, row: Row, captions: list[str], data: bytes | list[bytes]) -> Verdict:
+        """Judge, scale and encode one picture, or clip. data: a list is the pictures of a clip."""
         image, forbidden = self.spec.image, read_forbidden(self.spec.filter.forbidden)
-        self.bytes_in += len(data)
-        sha256 = hashlib.sha256(data).hexdigest()
+        whole = data if isinstance(data, bytes) else b"".join(data)
+        self.bytes_in += len(whole)
+        sha256 = hashlib.sha256(whole).hexdigest()
         if sha256 in forbidden.sha256:
             return Verdict("filtered", "forbidden", sha256=sha256)
         self.beat(number, "decode")
         size: tuple[int | None, int | None] = (None, None)
         try:
             with self._timed("image"):
-                header = read_header(data, max_pixels=image.max_pixels)
+                header = clip_header(data, max_pixels=image.max_pixels) if self.spec.input.clips else read_header(whole, max_pixels=image.max_pixels)
                 size = header.width, header.height
                 if fate := size_fate(*size, image):
                     return Verdict("filtered", fate, sha256=sha256, original_size=size)
-                if self.adopted:
-                    fitted = Fitted(data, *size, *size)
-                else:
-                    fitted = fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
-                                       quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
+                fitted = Fitted(whole, *size, *size) if self.adopted else self._fit(data)
             with self._timed("hash"):
                 phash = perceptual_hash(fitted.data) if self.spec.filter.near_duplicates or forbidden.perceptual else None
         except (DataError, MemoryError, RuntimeError) as error:
@@ -247,15 +248,28 @@ class _Shard:
             return Verdict("failed_to_resize", "too_large", sha256=sha256, original_size=size)
         if phash in forbidden.perceptual:
             return Verdict("filtered", "forbidden", None, sha256, size, phash)
-        return Verdict("success", "success", self._sample(number, row, captions, fitted, sha256, phash), sha256, size, phash)
+        length = {"frames": header.frames, "seconds": header.seconds} if isinstance(header, ClipHeader) else {}
+        return Verdict("success", "success", self._sample(number, row, captions, fitted, sha256, phash, length), sha256, size, phash)
 
-    def _sample(self, number: int, row: Row, captions: list[str], fitted: Fitted, sha256: str, phash: int | None) -> Sample:
+    def _fit(self, data: bytes | list[bytes]) -> Fitted:
+        """Scale and encode one picture, or clip."""
+        image = self.spec.image
+        if self.spec.input.clips:
+            return fit_clip(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, max_pixels=image.max_pixels,
+                            pass_through=image.pass_through)
+        assert isinstance(data, bytes)
+        return fit_image(data, size=image.size, mode=image.mode, only_if_larger=image.only_if_larger, image_format=image.format,
+                         quality=image.quality, max_pixels=image.max_pixels, pass_through=image.pass_through)
+
+    def _sample(self, number: int, row: Row, captions: list[str], fitted: Fitted, sha256: str, phash: int | None,
+                length: Mapping[str, float]) -> Sample:
+        """Return what is stored. length: frames and seconds of a clip."""
         about: dict[str, int | float | str] = {
-            "original_width": fitted.original_width, "original_height": fitted.original_height, "original_sha256": sha256}
+            "original_width": fitted.original_width, "original_height": fitted.original_height, "original_sha256": sha256, **length}
         kept = {name: row.columns[name] for name in self.kinds if name not in RESERVED}
         # A missing score is NaN in the index, where every row of a column has a value; JSON leaves it out.
         scores = {name: math.nan if value is None else float(value) for name, value in kept.items() if self.kinds[name] != "str"}
-        return Sample(key=self._key(number, row), image=fitted.data, image_format=self.spec.image.format, captions=captions,
+        return Sample(key=self._key(number, row), image=fitted.data, image_format="mp4" if length else self.spec.image.format, captions=captions,
                       questions=list(row.questions), answers=list(row.answers), concept=row.concept, width=fitted.width, height=fitted.height,
                       place=Place(row.offset, len(fitted.data), sha256) if self.adopted else None,
                       columns=about | ({} if phash is None else {"phash": phash}) | scores,
@@ -309,6 +323,23 @@ class _Shard:
             yield
         finally:
             self.seconds[stage] += time.perf_counter() - started
+
+
+def _read_folder(row: Row, max_bytes: int) -> tuple[list[bytes], str]:
+    """Return the pictures of a clip in the order of their names, or why there are none, as `_read_local`."""
+    assert isinstance(row.image, Path)
+    frames, left = list[bytes](), max_bytes
+    try:
+        files = sorted(path for path in row.image.iterdir() if path.suffix.lower() in PICTURES)
+    except OSError:
+        return [], "unreadable"
+    for file in files[:MAX_CLIP_FRAMES + 1]:
+        data, fate = _read_local(row._replace(image=file), left)
+        if fate:
+            return [], fate
+        frames.append(data)
+        left -= len(data)
+    return frames, "" if frames else "missing"
 
 
 def _open_fetcher(spec: Spec) -> "Fetcher":
