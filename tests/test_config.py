@@ -54,7 +54,7 @@ def test_a_wrong_key_in_json_is_named_with_the_nearest_one() -> None:
     ("trian demo", "did you mean 'train'?"),
     ("data dmo x", "data demo"),
     ("eval nowhere --task vqa", "nowhere"),
-    ("caption nowhere picture.png", "picture.png"),
+    ("caption nowhere picture.png", "nowhere"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2

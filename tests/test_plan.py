@@ -64,7 +64,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     LlamaConfig(max_position_embeddings=2048).save_pretrained(folder / "7b")  # whose defaults are LLaMA-7B's sizes, and Vicuna-7B's
     LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                 tie_word_embeddings=True).save_pretrained(folder / "smollm2")
-    names = {"simvlg_opt_2_7b": "opt", "simvlg_7b": "7b", "simvlg_demo": "smollm2"}
+    names = {"simvlg_opt_2_7b": "opt", "simvlg_7b": "7b", "simvlg_demo": "smollm2", "simvlg_video_demo": "smollm2"}
     runs = {name: recipe() for name, recipe in RECIPES.items()}
     return {name: run.replace(text=run.text.replace(name=str(folder / names[name]))) if isinstance(run.text, LanguageModelConfig) else run
             for name, run in runs.items()}
