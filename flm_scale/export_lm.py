@@ -205,6 +205,8 @@ class FlmScaleBridgeForCausalLM(PreTrainedModel):
             digest.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         check_hash(f"language model {config.language_model}", digest.hexdigest(), config.language_model_hash)
         model.generation_config = GenerationConfig()  # its own may sample, or punish repetition
+        # generate hands over a strided slice of the rows, for which torch copies the weights once a caption: gigabytes.
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         return model.requires_grad_(False).eval().to(self.device)
 
     def layers_of(self, tower: Tower) -> dict[str, nn.Module]:
