@@ -62,7 +62,7 @@ class CaptioningConfig(Section):
 
     kind: Literal["captioning"] = "captioning"
     prompt: str = ""
-    """Text between the picture and every caption, which is read and not predicted."""
+    """Text between the picture and every caption, which is read and not predicted. The two are cut into tokens apart: end it with a blank."""
 
 
 class TextConfig(Section):
