@@ -32,8 +32,8 @@ def clip_set(folder: Path, *, bad: frozenset[int] = frozenset()) -> Dataset:
         clip = encode_clip(frames_of(direction, place=4 + number // 2 % 4))
         if number in bad:
             clip = damaged(clip)
-        samples.append(Sample(f"{number:04d}", clip, "mp4", [f"it goes {direction}"], [], [], direction, SIDE, SIDE,
-                              columns={"frames": FRAMES, "seconds": FRAMES / 8}))
+        samples.append(Sample(f"{number:04d}", clip, "mp4", [f"it goes {direction}"], ["which way does it go?"], [direction], direction,
+                              SIDE, SIDE, columns={"frames": FRAMES, "seconds": FRAMES / 8}))
     dataset = write_dataset(folder, name="moving", sources=[], readme="Drawn.",
                             splits={"train": samples[:32], "val": samples[32:40], "test": samples[40:]})
     train_tokenizer([text for sample in samples for text in sample.captions], vocab_size=40, model_file=dataset.tokenizer_file)

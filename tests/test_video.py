@@ -11,7 +11,9 @@ from flm_scale.checkpoint.store import last_good
 from flm_scale.cli import main
 from flm_scale.data.clips import encode_clip
 from flm_scale.data.shards import Dataset
+from tests.language import write_language_model
 from tests.moving import clip_set, frames_of
+from tests.test_simvlg import SIZES, TOWER
 from tests.test_train import lines_of
 
 CLIPS = ["--vision.frames", "4", "--vision.temporal.width", "16", "--vision.temporal.heads", "4", "--vision.temporal.position"]
@@ -75,6 +77,18 @@ def test_clips_are_scored_and_captioned_by_both(runs: tuple[Path, Path]) -> None
         (run_dir / "clip.mp4").write_bytes(encode_clip(frames_of("left")))
         assert main(["caption", str(run_dir), str(run_dir / "clip.mp4")]) == 0
         assert (run_dir / "samples/clip.caption.png").is_file()
+
+
+def test_a_frozen_language_model_speaks_and_answers_of_clips(clips: Dataset, tmp_path: Path) -> None:
+    data, model, run_dir = shutil.copytree(clips.folder, tmp_path / "data"), write_language_model(tmp_path / "model"), tmp_path / "run"
+    assert main(["tokenizer", "encode", str(data), "--tokenizer", str(model)]) == 0
+    assert main(["train", "simvlg_video_demo", "--data.path", str(data), "--text.name", str(model), "--run-dir", str(run_dir), *TOWER, *SIZES, *CLIPS,
+                 "--text.bridge.reducer.merged", "1", "--steps", "3"]) == 0
+    for task in ("caption", "vqa"):
+        assert main(["eval", str(run_dir), "--task", task]) == 0
+    controls = json.loads((run_dir / "evals/caption.json").read_text())["controls"]
+    assert len({score["log_likelihood"] for score in controls.values()}) == 3, "the model sees the clip, another one, and none"
+    assert len(json.loads((run_dir / "evals/vqa.json").read_text())["rows"]) == 5
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def main(run_dir: Annotated[Path, tyro.conf.Positional], split: str = "test") ->
     run, index, model = trained.run, trained.dataset.index(split), trained.model(start_processes(trained.run.parallel))
     motions, things = {motion: list[bool]() for motion in MOTIONS}, list[bool]()
     for clips in batches_of(range(len(index))):
-        pixels = read_pixels(index, clips, size=run.vision.image_size, frames=run.vision.frames)
+        pixels = read_pixels(run, index, clips)
         captions = write_captions(run, model, pixels, tokenizer=trained.tokenizer, objective=trained.objective, beams=1)
         for clip, caption in zip(clips, captions, strict=True):
             truth, said = words(index.captions[clip][0]), f" {words(caption.text)} "

@@ -42,8 +42,6 @@ def pack(images: Sequence[Sequence[Example]], pixels: np.ndarray) -> State:
     query_slots, query_places = padded_view(query_starts)
     unmerged = torch.empty(len(images), 0, dtype=torch.int64)
 
-    unmerged = torch.empty(len(images), 0, dtype=torch.int64)
-
     def join(name: str) -> np.ndarray:
         return np.concatenate([getattr(example, name) for example in examples], axis=-1)
 

@@ -141,7 +141,7 @@ def say_answers(run: Run, model: VisionLanguageModel, asked: Sequence[Asked], pi
         prefixes = model.head.no_pictures(len(chosen))
         if shown:
             distinct, places = np.unique(shown, return_inverse=True)
-            pixels = torch.from_numpy(read_pixels(index, distinct.tolist(), size=run.vision.image_size)).to(prefixes.device)
+            pixels = torch.from_numpy(read_pixels(run, index, distinct.tolist())).to(prefixes.device)
             prefixes = encode_images(model, pixels).rows[torch.from_numpy(places).to(prefixes.device)]
         found = model.head.generate(prefixes, [question.prompt_ids for question, _ in chosen], end_ids=end_ids, max_new=MAX_ANSWER_TOKENS,
                                     min_new=1, beams=BEAMS, length_penalty=LENGTH_PENALTY)

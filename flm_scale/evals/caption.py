@@ -51,7 +51,7 @@ def evaluate_caption(run: Run, model: VisionLanguageModel, *, index: Index, toke
     said: dict[str, list[str]] = {"greedy": [], "beam": []}
     batches = list(batches_of(processes.share(images)))
     for chosen in track(batches, description="captions", transient=True, disable=processes.rank > 0):
-        pixels = read_pixels(index, chosen, size=run.vision.image_size, frames=run.vision.frames)
+        pixels = read_pixels(run, index, chosen)
         for kind, beams in (("greedy", 1), ("beam", BEAMS)):
             captions = write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams)
             said[kind] += [caption.text for caption in captions]
@@ -99,7 +99,7 @@ def log_likelihood(run: Run, model: VisionLanguageModel, pairs: Sequence[tuple[i
         views = [views_of(image) for image, _ in chosen]
         pictures = [picture for _, picture in chosen if picture is not None]
         if pictures:
-            loss, _ = model(pack(views, read_pixels(index, pictures, size=run.vision.image_size)).to(device))
+            loss, _ = model(pack(views, read_pixels(run, index, pictures)).to(device))
         else:
             assert isinstance(model.head, FrozenLm)
             state = pack(views, np.empty((len(chosen), 3, 0, 0), np.uint8)).to(device)
@@ -150,15 +150,15 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def read_pixels(index: Index, images: Sequence[int], *, size: int, frames: int = 1) -> np.ndarray:
-    """Return pictures of a split as uint8 [N, 3, size, size], or clips as [N, frames, 3, size, size].
+def read_pixels(run: Run, index: Index, images: Sequence[int]) -> np.ndarray:
+    """Return pictures of a split as the run's tower sees them, uint8 [N, 3, size, size], or clips [N, F, 3, size, size].
 
     Raises DataError that names the sample which cannot be decoded.
     """
     pixels = []
     for image in images:
         try:
-            pixels.append(decode_sample(index.read_image(image), size=size, frames=frames))
+            pixels.append(decode_sample(index.read_image(image), size=run.vision.image_size, frames=run.vision.frames))
         except DataError as error:
             raise DataError(f"sample {index.keys[image]}: {error}") from error
     return np.stack(pixels)

@@ -55,7 +55,7 @@ def score_pairs(run: Run, model: VisionLanguageModel, images: list[int], texts: 
     mine, device = processes.share(images), next(model.parameters()).device
     for start in track(range(0, len(mine), images_per_batch), description="pairs", transient=True, disable=processes.rank > 0):
         chosen = mine[start:start + images_per_batch]
-        pixels = read_pixels(index, chosen, size=run.vision.image_size, frames=run.vision.frames)
+        pixels = read_pixels(run, index, chosen)
         loss, _ = model(pack([together] * len(chosen), pixels).to(device))
         rows.extend(-torch.zeros(len(chosen), len(texts)).index_add_(1, text_of_target, loss.cpu().view(len(chosen), -1)).numpy())
     return np.stack(processes.gather(rows))

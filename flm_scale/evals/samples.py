@@ -42,7 +42,7 @@ def write_samples(run: Run, model: VisionLanguageModel, run_dir: Path, *, index:
 def describe(run: Run, model: VisionLanguageModel, images: Sequence[int], *, index: Index, tokenizer: AnyTokenizer,
              objective: Objective) -> Iterator[dict[str, Any]]:
     """Yield what is known and said of each picture."""
-    pixels = read_pixels(index, images, size=run.vision.image_size, frames=run.vision.frames)
+    pixels = read_pixels(run, index, images)
     greedy, beam = (write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams) for beams in (1, BEAMS))
     for number, image in enumerate(images):
         key, truth = index.keys[image], index.captions[image][0]

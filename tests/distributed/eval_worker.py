@@ -42,7 +42,7 @@ def sharded_logits(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> dict[str
     run, _, dataset, tokenizer, objective = trained
     processes, index = start_processes(run.parallel), dataset.index("test")
     model = trained.model(processes)
-    pixels = read_pixels(index, range(23), size=run.vision.image_size)
+    pixels = read_pixels(run, index, range(23))
     texts = ("a red square", "what color is this? green or blue", "square")
     rng = np.random.default_rng(0)
     views: list[Example] = [objective.corrupt(np.array(tokenizer.encode(text, max_length=run.text.max_length), np.int32), rng)[0] for text in texts]
@@ -60,7 +60,7 @@ def findings(run_dir: Path, *, tensor: int = 1, pipe: int = 1) -> dict[str, Any]
     model = trained.model(processes)
     images = [image for image, captions in enumerate(index.captions) if captions]
     texts = sorted({text for image in images for text in index.captions[image]})
-    pixels = read_pixels(index, processes.share(images), size=run.vision.image_size)
+    pixels = read_pixels(run, index, processes.share(images))
     said = {beams: processes.gather(write_captions(run, model, pixels, tokenizer=tokenizer, objective=objective, beams=beams)) for beams in (1, 5)}
     samples = processes.gather(list(describe(run, model, processes.share(images[:4]), index=index, tokenizer=tokenizer, objective=objective)))
     return {"texts": {beams: [one.text for one in captions] for beams, captions in said.items()},
