@@ -72,14 +72,14 @@ def debug() -> Run:
 def simvlg_demo() -> Run:
     """SimVLG on the demo's pictures: a small tower and a bridge learn to speak through a frozen language model of 135 M weights.
 
-    Command: flm tokenizer encode data/demo --tokenizer FOLDER, then flm train simvlg_demo --text.name FOLDER, with SmolLM2-135M-Instruct in FOLDER,
-    or any other causal language model.   Needs: 2 CPU cores.   Expect: no score is claimed yet.
+    Command: python -m tools.demo_models models, then flm tokenizer encode data/demo --tokenizer models/smollm2, then flm train simvlg_demo; any other
+    causal language model is named with --text.name.   Needs: 2 CPU cores.   Expect: no score is claimed yet.
     """
     return Run(
         name="simvlg_demo", steps=200, objective=CaptioningConfig(),
         vision=SmallVisionConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4, output="penultimate"),
         # On a CPU and at so few tokens plain attention is quicker than fused kernels, backward above all.
-        text=LanguageModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct", max_length=24, attention="eager", bridge=BridgeConfig(
+        text=LanguageModelConfig(name="models/smollm2", max_length=24, attention="eager", bridge=BridgeConfig(
             width=128, heads=4, layers=4, reducer=MergeConfig(merged=(12,)))),
         batch=BatchConfig(micro_batches=2, text_tokens=512, captions=32, images=32),
         optim=OptimConfig(lr=1e-3, warmup_steps=30, schedule="cosine"),

@@ -296,7 +296,7 @@ def test_a_run_around_a_language_model_is_planned_part_by_part(recipes: dict[str
     out = capsys.readouterr().out
     assert "language_model  134,515,008                0" in out
     assert [line for line in out.splitlines() if line.startswith("*")]
-    assert main(["plan", "simvlg_demo", "--text.name", "models/smollm2"]) == 2
+    assert main(["plan", "simvlg_demo", "--text.name", "no-such-folder/model"]) == 2
     assert "to plan, a folder with its config.json alone is enough" in capsys.readouterr().err
 
 
