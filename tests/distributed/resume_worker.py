@@ -108,13 +108,18 @@ def unbroken(cut: Cut, folder: Path) -> tuple[list[tuple[float, float]], dict[st
     return train(engine, run, range(STEPS, 2 * STEPS)), weights_of(engine)
 
 
-def going_on(cut: Cut, source: Path, *, again: Path | None = None) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+def going_on(cut: Cut, source: Path) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    run = run_of(cut, source.parent)
+    engine = resumed(run, source, step=STEPS)
+    return train(engine, run, range(STEPS, 2 * STEPS)), weights_of(engine)
+
+
+def resharded(cut: Cut, source: Path, *, again: Path) -> list[tuple[float, float]]:
     """again: where to save at once what was read."""
     run = run_of(cut, source.parent)
     engine = resumed(run, source, step=STEPS)
-    if again:
-        save(engine, again, step=STEPS)
-    return train(engine, run, range(STEPS, 2 * STEPS)), weights_of(engine)
+    save(engine, again, step=STEPS)
+    return train(engine, run, range(STEPS, 2 * STEPS))
 
 
 def main(out: Path) -> None:
@@ -124,7 +129,7 @@ def main(out: Path) -> None:
         name = cut.name(size)
         found = {}
         for way, work in (("unbroken", lambda: unbroken(cut, out / name)), ("resumed", lambda: going_on(cut, out / name)),  # noqa: B023
-                          ("resharded", lambda: going_on(cut, out / cut.source, again=out / f"{name}-again"))):  # noqa: B023
+                          ("resharded", lambda: resharded(cut, out / cut.source, again=out / f"{name}-again"))):  # noqa: B023
             found[way] = work()
             close_groups()
         if os.environ["RANK"] == "0":
