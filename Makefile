@@ -28,8 +28,12 @@ pretrain: setup  ## real data, a model trained with FLM, its scores and a report
 # Without compiled files each of the tests' hundreds of processes would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-test: test-fast  ## those with many processes of their own come one after another
-	$(PYTHON) -m pytest -q -m slow --durations=15
+# Ray's and other servers' starts leave a core idle; launches of many ranks leave none, and share one import of everything.
+RANKS := tests/distributed tests/test_launch.py
+
+test: test-fast
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow --durations=15 $(RANKS:%=--ignore=%)
+	$(PYTHON) -m pytest -q -m slow --durations=15 $(RANKS)
 
 test-fast: setup
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
