@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from flm_scale.model.convnet import ConvNetEntry
 from flm_scale.model.frozen_lm import FrozenLm, content_hash
 from flm_scale.objectives.captioning import Captioning
 from flm_scale.parallel.processes import start_processes
+from tests.distributed.kills import Kill, be_flm
+from tests.distributed.launch import Launch
 from tests.language import write_language_model
 from tests.test_train import lines_of
 
@@ -91,6 +94,26 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(trained: Path, train: Call
     assert train(broken, "--resume", *MERGES) == 0
     (one, other) = ((run_dir / "checkpoints/step-000006/rank-00000.safetensors").read_bytes() for run_dir in (trained, broken))
     assert one == other
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_in_a_step_go_on_to_the_bit(material: tuple[Path, Path], tmp_path: Path) -> None:
+    data, model = material
+
+    def train(name: str, *more: str, kill: Kill | None = None) -> list[int]:
+        """Exit codes; a run directory beside what each start of it leaves."""
+        folder = tmp_path / f"{name}{'-again' * bool(more)}"
+        (folder / "notes").mkdir(parents=True)
+        words = ["train", "simvlg_demo", "--data.path", str(data), "--text.name", str(model), "--run-dir", str(tmp_path / name / "run"), *TOWER,
+                 *SIZES, *SAVES, *MERGES, "--parallel.engine", "deepspeed", "--parallel.zero", "2", *more]
+        with Launch(be_flm, words, folder / "notes", kill, processes=2, folder=folder / "said") as launch:
+            return launch.wait(200)
+
+    assert train("whole") == [0, 0]
+    assert -signal.SIGKILL in train("killed", kill=Kill("in a step", step=5, rank=1, everybody=False))
+    assert train("killed", "--resume") == [0, 0]
+    whole, killed = ((tmp_path / name / "run/checkpoints/step-000006/manifest.json").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole, "it has the sha256 of every file"
 
 
 def test_recomputation_changes_no_bit(trained: Path, train: Callable[..., int], tmp_path: Path) -> None:
