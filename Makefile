@@ -36,7 +36,7 @@ test: test-fast
 	$(PYTHON) -m pytest -q -m slow --durations=15 $(RANKS)
 
 test-fast: setup
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest -q -n 3 --dist loadfile -m "not slow"
 
 test-soak: setup  ## an hour: all pairs of layouts, kill -9 on all layouts; ARGUMENTS="--trials 3 --layouts 112-zero1 --seed 1" for less
 	ALL_PAIRS=1 $(PYTHON) -m pytest -q tests/distributed/test_pairs.py

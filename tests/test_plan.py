@@ -270,6 +270,7 @@ def test_flops_are_those_calculated_for_the_published_run(recipes: dict[str, Run
     assert shares == pytest.approx([0.50, 0.07, 0.42], abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_frozen_language_model_costs_its_weights_once_a_process_and_no_more(recipes: dict[str, Run]) -> None:
     """It has no gradient and no moment; ZeRO 3 alone shares its weights. Recomputing leaves its layers' inputs, and costs a forward pass."""
     run, machine = recipes["simvlg_7b"], Machine()

@@ -167,6 +167,7 @@ def test_pieces_that_the_checkpoint_lacks_are_named(tmp_path: Path) -> None:
     partly.fill([Piece("w", "weight", (6, 2), Shard(1, 0, 2, 4), 0, torch.empty(12))])
 
 
+@pytest.mark.slow
 def test_every_altered_byte_and_every_truncation_is_found(tmp_path: Path) -> None:
     """All bytes of the manifest, and 200 places in other files."""
     folder = save(tmp_path, 1, cut(random_weights(0), Layout(0, 2, 1)))

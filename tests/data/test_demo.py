@@ -135,6 +135,7 @@ def test_tokenizer_training_is_repeatable(tmp_path: Path) -> None:
     assert roots[0] == roots[1] != dataset.root
 
 
+@pytest.mark.slow
 def test_killed_tokenizer_training_leaves_a_dataset_that_opens_and_is_finished_by_the_same_command(tmp_path: Path) -> None:
     from tests.conftest import write_toy
 
@@ -173,6 +174,7 @@ def prepare_here(inputs: Sequence[Path], folder: Path, spec: Spec, _: FleetOptio
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_build_is_finished_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool) -> None:
     from tests.conftest import write_toy

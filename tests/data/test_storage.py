@@ -61,6 +61,7 @@ def far(dataset: Dataset) -> Dataset:
     return open_dataset(f"{BUCKET}/data", manifest_hash=dataset.root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_from_a_store_that_drops_connections_are_those_from_disk(toy_dataset: Dataset, proxy: Proxy, workers: int) -> None:
     proxy.busy_every, proxy.cut_every = 5, 7

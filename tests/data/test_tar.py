@@ -70,6 +70,7 @@ def test_shard_of_every_good_writer_is_read_as_python_reads_it(good: Path) -> No
             assert {sample.key: sample.members for sample in read_shard(source, expected_bytes=size, expected_count=40)} == SAMPLES
 
 
+@pytest.mark.slow
 def test_cut_anywhere_is_found(good: Path) -> None:
     """At every block's edge, beside it, and inside: only the zeros behind the two that end a tar may be missing."""
     whole = good.read_bytes()

@@ -166,6 +166,7 @@ def test_a_picture_that_needs_no_change_keeps_its_bytes_and_others_are_scaled_jp
             assert (image.format, min(image.size)) in {("JPEG", 256), ("JPEG", 90)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_bytes_depend_neither_on_concurrency_nor_on_attempt_nor_on_how_much_may_wait(
         concurrency: int, asked: tuple[Spec, list[Input]], prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
