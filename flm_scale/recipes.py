@@ -73,8 +73,8 @@ def simvlg_demo() -> Run:
     """SimVLG on the demo's pictures: a small tower and a bridge learn to speak through a frozen language model of 135 M weights.
 
     Command: python -m tools.demo_models models, then flm tokenizer encode data/demo --tokenizer models/smollm2, then flm train simvlg_demo; any other
-    causal language model is named with --text.name.   Needs: 2 CPU cores.   Expect, with --precision bf16, in 6 minutes: CIDEr 150 on captions of
-    concepts that it has not seen, 25 with another picture, 0 without one (docs/benchmarks.md).
+    causal language model is named with --text.name.   Needs: 2 CPU cores.   Expect: CIDEr 150 on captions of concepts that it has not
+    seen, 25 with another picture, 0 without one; with --precision bf16 in 6 minutes on a CPU with AMX (docs/benchmarks.md).
     """
     return Run(
         name="simvlg_demo", steps=200, objective=CaptioningConfig(),
