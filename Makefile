@@ -28,10 +28,10 @@ pretrain: setup  ## real data, a model trained with FLM, its scores and a report
 # Without compiled files each of the tests' hundreds of processes would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Ray's and other servers' starts leave a core idle; launches of many ranks leave none, and share one import of everything.
+# On two cores: waits for servers leave a core idle, so tests run two or three at a time; launches of many ranks leave none.
 RANKS := tests/distributed tests/test_launch.py
 
-test: test-fast
+test: test-fast  ## everything
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m slow --durations=15 $(RANKS:%=--ignore=%)
 	$(PYTHON) -m pytest -q -m slow --durations=15 $(RANKS)
 

