@@ -95,6 +95,15 @@ def test_logits_and_captions_are_the_packed_models(toy_dataset: Dataset, languag
         compare(run, ours, load(tmp_path / "again"))
 
 
+def test_an_exported_bridge_never_copies_the_output_embeddings_for_each_caption(toy_dataset: Dataset, language_model: Path, tmp_path: Path) -> None:
+    run, _ = export_random(tiny_language_run(language_model), toy_dataset, tmp_path)
+    theirs, met = load(tmp_path), list[bool]()
+    theirs.frozen_lm.get_output_embeddings().register_forward_hook(lambda _, inputs, __: met.append(inputs[0].is_contiguous()))
+    theirs.generate(pixel_values=torch.from_numpy(random_pixels(4, np.random.default_rng(0), size=run.vision.image_size)))
+    assert met
+    assert all(met)
+
+
 def test_the_folder_holds_what_was_trained_and_names_the_language_model(toy_dataset: Dataset, language_model: Path, tmp_path: Path) -> None:
     run, _ = export_random(tiny_language_run(language_model), toy_dataset, tmp_path)
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
